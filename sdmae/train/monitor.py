@@ -32,9 +32,10 @@ class LiveLog(Callback):
         for row in trainer.history: self.log(row)
 
     def log(self, row:dict):
+        self.live.step = row["epoch"]
         for k, v in row.items():
             if k != "epoch": self.live.log_metric(k, v)
-        self.live.step = row["epoch"]; self.live.make_summary()
+        self.live.make_summary()
 
     def after_epoch(self, trainer): self.log(trainer.history[-1])
     def after_fit(self, trainer): self.live.end()
