@@ -50,10 +50,10 @@ def position_table(
     grid:int,     # patches a side
     dim:int,      # channels
     n_prefix:int=0 # class tokens, whose position is zero
-)->Tensor:        # (1, n_prefix + grid², dim) float32
+)->Tensor:        # (1, n_prefix + grid², dim) in torch's default dtype
     "The fixed position table of an encoder or decoder."
     table = sincos1d(grid**2, dim) if kind == "sincos1d" else sincos2d(grid, dim)
-    return torch.cat([table.new_zeros(n_prefix, dim), table])[None].float()
+    return torch.cat([table.new_zeros(n_prefix, dim), table])[None].to(torch.get_default_dtype())
 
 # %% ../../nbs/models/vit.ipynb #c012
 def patchify(
@@ -83,10 +83,11 @@ class Encoder(VisionTransformer):
         pos_embed:str="sincos2d",       # or "sincos1d"
         num_classes:int=0,              # >0: mean of patch tokens → new LayerNorm → linear, for fine-tuning
         drop_path:float=0.,
+        final_norm:bool=True,           # LayerNorm on the tokens; a fine-tuned encoder has none
     ):
         super().__init__(img_size=image_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
             mlp_ratio=mlp_ratio, class_token=class_token, num_classes=num_classes, global_pool="avg" if num_classes else "",
-            drop_path_rate=drop_path, norm_layer=partial(nn.LayerNorm, eps=1e-6), weight_init="skip")
+            drop_path_rate=drop_path, final_norm=final_norm, norm_layer=partial(nn.LayerNorm, eps=1e-6), weight_init="skip")
         table = position_table(pos_embed, image_size//patch_size, embed_dim, self.num_prefix_tokens)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         xavier_init(self)
@@ -165,7 +166,7 @@ def build_encoder(
     image_size:int,   # px
     model:ModelParams,
     form:EncoderForm, # class token and positions
-    **kwargs          # num_classes, drop_path
+    **kwargs          # num_classes, drop_path, final_norm
 )->Encoder:
     "An encoder as the parameters say."
     return Encoder(image_size, model.patch_size, model.embed_dim, model.depth, model.num_heads, model.mlp_ratio,
@@ -177,10 +178,11 @@ def save_encoder(
     encoder:Encoder,
     config:dict      # at least image_size, model, form, mean, std
 ):
-    "Write `encoder.safetensors` (timm's names, no head) and `config.json`."
+    "Write `encoder.safetensors` (timm's names, no head) and `config.json`, which also says whether there is a final norm."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().float().cpu().contiguous() for k, v in encoder.state_dict().items() if not k.startswith(("head", "fc_norm"))}
     save_file(state, folder/"encoder.safetensors")
+    config = config | dict(final_norm=isinstance(encoder.norm, nn.LayerNorm))
     (folder/"config.json").write_text(json.dumps(config, indent=1))
 
 # %% ../../nbs/models/vit.ipynb #c034
@@ -194,6 +196,7 @@ def load_encoder(
     for name in ("encoder.safetensors", "config.json"):
         if not (folder/name).is_file(): raise FileNotFoundError(f"{folder/name} does not exist: run `dvc repro` to make it.")
     config = json.loads((folder/"config.json").read_text())
+    kwargs = dict(final_norm=config.get("final_norm", True)) | kwargs
     encoder = build_encoder(config["image_size"], ModelParams(**config["model"]), EncoderForm(**config["form"]), **kwargs)
     load_weights(encoder, load_file(folder/"encoder.safetensors"), where=folder/"encoder.safetensors")
     return suit_attention(encoder, device).to(device), config

@@ -1,0 +1,329 @@
+"Features, probes and statistics against independent oracles (numpy, scikit-learn) and on bad input."
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sk
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from sdmae.evaluate.features import colour_histogram, extract
+from sdmae.evaluate.knn import fit_knn, knn_probabilities
+from sdmae.evaluate.linear import fit_linear, path_of_fits
+from sdmae.evaluate.statistics import (METRICS, WeightedScores, bootstrap, confusion, draw_scores, draw_weights,
+                                       paired_bootstrap, scores)
+
+
+def predictions(n, c, skill=1.5, decimals=None, seed=0):
+    "Targets and probabilities; few decimals make ties."
+    rng = np.random.default_rng(seed)
+    t = np.r_[np.arange(c), rng.integers(0, c, n-c)]
+    p = np.exp(rng.normal(size=(n, c)) + skill*np.eye(c)[t])
+    p /= p.sum(1, keepdims=True)
+    if decimals is not None:
+        p = np.floor(p*10**decimals)/10**decimals
+        p[:, -1] += 1 - p.sum(1)
+    return t, p
+
+
+def ece_by_hand(t, p, bins=15):
+    total, top = 0., p.max(1)
+    for i in range(bins):
+        inside = (top > i/bins) & (top <= (i+1)/bins)
+        if inside.any(): total += inside.mean()*abs(top[inside].mean() - (p.argmax(1) == t)[inside].mean())
+    return total
+
+
+def by_sklearn(t, p):
+    c, top = p.shape[1], p.argmax(1)
+    auc = [sk.roc_auc_score(t == j, p[:,j]) for j in ([1] if c == 2 else range(c)) if 0 < (t == j).sum() < len(t)]
+    return {"accuracy": sk.accuracy_score(t, top), "balanced_accuracy": np.mean([(top[t==j] == j).mean() for j in np.unique(t)]),
+            "macro_auc": np.mean(auc), "macro_f1": sk.f1_score(t, top, average="macro"), "ece": ece_by_hand(t, p)}
+
+
+# statistics
+
+@pytest.mark.parametrize("n, c, decimals", [(50,2,None), (400,3,None), (400,2,1), (300,9,1), (2000,9,None)])
+def test_scores_are_sklearns(n, c, decimals):
+    t, p = predictions(n, c, decimals=decimals)
+    got = scores(t, p)
+    assert tuple(got) == METRICS
+    assert got == pytest.approx(by_sklearn(t, p), abs=1e-6)
+    assert (confusion(t, p) == sk.confusion_matrix(t, p.argmax(1), labels=range(c))).all()
+
+
+def test_binary_auc_is_the_ordinary_one_and_multiclass_is_sklearns():
+    t, p = predictions(300, 2)
+    assert scores(t, p)["macro_auc"] == pytest.approx(sk.roc_auc_score(t, p[:,1]), abs=1e-9)
+    t, p = predictions(300, 4)
+    assert scores(t, p)["macro_auc"] == pytest.approx(sk.roc_auc_score(t, p, multi_class="ovr", average="macro"), abs=1e-9)
+
+
+def test_absent_class_is_left_out():
+    t, p = predictions(300, 4)
+    keep = t != 2
+    assert scores(t[keep], p[keep]) == pytest.approx(by_sklearn(t[keep], p[keep]), abs=1e-6)
+
+
+@pytest.mark.parametrize("c, grouped", [(2,False), (5,False), (5,True)])
+def test_each_draw_is_the_score_of_resampled_tiles(c, grouped):
+    t, p = predictions(120, c, decimals=2)
+    groups = np.arange(120)//7 if grouped else None
+    weighted, seen = WeightedScores(t, p), 0
+    for w in draw_weights(120, 20, groups, seed=3):
+        got = weighted(w)
+        for b in range(w.shape[1]):
+            again = np.repeat(np.arange(120), w[:,b].astype(int))
+            assert {k: got[k][b] for k in METRICS} == pytest.approx(by_sklearn(t[again], p[again]), abs=1e-6)
+            seen += 1
+    assert seen == 20
+
+
+def test_draws_are_those_of_sampling_with_replacement():
+    w = np.concatenate(list(draw_weights(500, 400, None, seed=0)), axis=1)
+    assert (w.sum(0) == 500).all()
+    assert w.mean(1).std() < .07 and abs(w.var() - (1 - 1/500)) < .02
+    assert len(np.unique(w, axis=1).T) == 400
+
+
+def test_groups_come_whole_and_single_tile_groups_are_tiles():
+    groups = np.array(list("aabbbcdd"))
+    w = np.concatenate(list(draw_weights(8, 50, groups, seed=0)), axis=1)
+    for g in "abcd": assert (w[groups == g] == w[groups == g][0]).all()
+    assert w.std(1).min() > 0
+    t, p = predictions(80, 3)
+    assert bootstrap(t, p, n=50) == bootstrap(t, p, groups=np.arange(80), n=50)
+
+
+def test_interval_covers_the_truth_about_95_times_in_100():
+    rng, covered, runs = np.random.default_rng(0), 0, 400
+    for i in range(runs):
+        right, t = rng.random(200) < .8, rng.integers(0, 2, 200)
+        one = np.where(right, t, 1-t)*.6 + .2
+        low, high = bootstrap(t, np.stack([1-one, one], 1), n=200, seed=i)["accuracy"]
+        covered += low <= .8 <= high
+    assert .915 <= covered/runs <= .98
+
+
+def test_seed_decides_the_draws():
+    t, p = predictions(200, 3)
+    assert bootstrap(t, p, n=40, seed=1) == bootstrap(t, p, n=40, seed=1) != bootstrap(t, p, n=40, seed=2)
+
+
+def test_several_seeds_are_averaged_within_each_draw():
+    t, a = predictions(150, 3, seed=0)
+    b = predictions(150, 3, skill=1., seed=0)[1]
+    [both], [one], [two] = (draw_scores(t, [x], None, 30, 0) for x in ([a, b], [a], [b]))
+    for k in METRICS: assert np.allclose(both[k], (one[k] + two[k])/2)
+    assert bootstrap(t, [a, b], n=30)["ece"] == pytest.approx(tuple(np.quantile(both["ece"][1:], [.025, .975])))
+
+
+def test_paired_difference():
+    t, a = predictions(300, 3, skill=2.)
+    b = predictions(300, 3, skill=1.)[1]
+    ab, ba = paired_bootstrap(t, a, b, n=100), paired_bootstrap(t, b, a, n=100)
+    for k in METRICS:
+        assert ab[k][0] == pytest.approx(scores(t, a)[k] - scores(t, b)[k])
+        assert ab[k] == pytest.approx((-ba[k][0], -ba[k][2], -ba[k][1]))
+    assert ab["macro_auc"][1] > 0
+    assert all(v == (0,0,0) for v in paired_bootstrap(t, a, [a], n=20).values())
+    width = lambda d: d[-1] - d[-2]
+    assert width(paired_bootstrap(t, [a, b], [a], n=100)["accuracy"]) < width(ab["accuracy"])
+
+
+def test_rare_class_leaves_finite_intervals_that_json_takes():
+    t, p = predictions(40, 3)
+    t = np.where(t == 2, 1, t); t[0] = 2
+    found = bootstrap(t, p, n=100)
+    assert np.isfinite(np.array(list(found.values()))).all()
+    json.dumps([found, scores(t, p), paired_bootstrap(t, p, p, n=20)], allow_nan=False)
+
+
+def test_thousand_draws_take_seconds():
+    t, p = predictions(10_000, 9)
+    start = time.perf_counter()
+    bootstrap(t, p, n=1000)
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("t, p, message", [
+    ([0,1], [.5,.5], "expected \\(n, C\\)"),
+    ([0,1,1], [[.5,.5]]*2, "one target a row"),
+    ([0,2], [[.5,.5]]*2, "row 1: class 2"),
+    ([0,-1], [[.5,.5]]*2, "row 1: class -1"),
+    ([0.,1.], [[.5,.5]]*2, "class numbers"),
+    ([0,1], [[.5,.5],[.5,np.nan]], "row 1"),
+    ([0,1], [[3.,-2.],[.5,.5]], "row 0"),
+    ([1,1], [[.5,.5]]*2, "two classes"),
+    ([], np.zeros((0,2)), "at least one row")])
+def test_bad_predictions_are_named(t, p, message):
+    for f in (scores, bootstrap, confusion, lambda t, p: paired_bootstrap(t, [p, p], p)):
+        with pytest.raises(ValueError, match=message): f(t, np.asarray(p))
+
+
+@pytest.mark.parametrize("groups, message", [(["a"]*50, "two at least"), (["a","b"], "2 for 50 tiles")])
+def test_bad_groups_are_named(groups, message):
+    t, p = predictions(50, 2)
+    with pytest.raises(ValueError, match=message): bootstrap(t, p, groups=groups)
+
+
+# kNN
+
+def blobs(n, c=3, d=16, noise=1.5, seed=0):
+    rng = np.random.default_rng(seed)
+    y = np.r_[np.arange(c), rng.integers(0, c, n-c)]
+    return np.random.default_rng(99).normal(size=(c, d))[y] + noise*rng.normal(size=(n, d)), y
+
+
+@pytest.mark.parametrize("k", [1, 7, 300])
+@pytest.mark.parametrize("temperature", [.07, 1.])
+def test_knn_is_sklearns(k, temperature):
+    x, y = blobs(300); new, _ = blobs(700, seed=1)
+    oracle = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1-d)/temperature)).fit(x, y)
+    got = knn_probabilities(x, y, new, k, 3, temperature)
+    assert np.allclose(got, oracle.predict_proba(new), atol=2e-4)
+    assert np.allclose(got.sum(1), 1, atol=1e-6)
+    assert np.allclose(got, knn_probabilities(torch.tensor(x), torch.tensor(y), torch.tensor(new), k, 3, temperature))
+
+
+def test_knn_survives_a_tiny_temperature():
+    x, y = blobs(50)
+    assert np.isfinite(knn_probabilities(x, y, x, 5, 3, temperature=1e-4)).all()
+
+
+def test_k_is_the_best_on_validation_and_the_larger_of_equals():
+    x, y = blobs(200); v, vy = blobs(100, seed=2)
+    fitted = fit_knn(x, y, v, vy, 3, neighbours=(100, 1, 10, 500))
+    assert [c["k"] for c in fitted.curve] == [1, 10, 100]
+    for c in fitted.curve: assert c["balanced_accuracy"] == pytest.approx(scores(vy, knn_probabilities(x, y, v, c["k"], 3))["balanced_accuracy"])
+    assert fitted.curve[[c["k"] for c in fitted.curve].index(fitted.k)]["balanced_accuracy"] == max(c["balanced_accuracy"] for c in fitted.curve)
+    far, fy = blobs(90, noise=.01); w, wy = blobs(30, noise=.01, seed=3)
+    assert fit_knn(far, fy, w, wy, 3, neighbours=(1, 5, 10)).k == 10
+    assert np.allclose(fitted.predict_proba(v), knn_probabilities(x, y, v, fitted.k, 3))
+
+
+def test_knn_refuses_k_beyond_the_training_tiles():
+    x, y = blobs(20)
+    for k in (0, 21):
+        with pytest.raises(ValueError, match=f"k: {k} neighbours"): knn_probabilities(x, y, x, k, 3)
+    with pytest.raises(ValueError, match="none of \\[50\\]"): fit_knn(x, y, x, y, 3, neighbours=[50])
+
+
+# linear probe
+
+@pytest.mark.parametrize("c", [2, 4])
+def test_warm_started_fits_are_sklearns_cold_ones(c):
+    x, y = blobs(300, c); v, vy = blobs(100, c, seed=1)
+    x[:, 0] = 7. # a dead feature
+    grid = (1e-3, .1, 1.)
+    for C in grid:
+        probe = fit_linear(x, y, v, vy, c, C=[C])
+        oracle = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000)).fit(x, y)
+        assert probe.C == C and np.allclose(probe.predict_proba(v), oracle.predict_proba(v), atol=1e-5)
+    for C, model in path_of_fits(StandardScaler().fit_transform(x), y, grid, 1000):
+        cold = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000)).fit(x, y)
+        assert np.allclose(model.coef_, cold[-1].coef_, atol=5e-3)
+
+
+def test_C_is_the_best_on_validation_and_the_smaller_of_equals():
+    x, y = blobs(120, d=64, noise=2.5); v, vy = blobs(200, d=64, noise=2.5, seed=1)
+    probe = fit_linear(x, y, v, vy, 3)
+    values = [c["balanced_accuracy"] for c in probe.curve]
+    assert max(values) > min(values)
+    assert probe.C == probe.curve[values.index(max(values))]["C"]
+    assert scores(vy, probe.predict_proba(v))["balanced_accuracy"] == pytest.approx(max(values))
+    json.dumps(probe.curve)
+
+
+def test_probe_does_not_care_for_the_scale_of_features():
+    x, y = blobs(200); v, vy = blobs(100, seed=1)
+    a, b = fit_linear(x, y, v, vy, 3), fit_linear(1000*x + 5, y, 1000*v + 5, vy, 3)
+    assert a.C == b.C and np.allclose(a.predict_proba(v), b.predict_proba(1000*v + 5), atol=1e-3)
+
+
+@pytest.mark.parametrize("fit", [fit_knn, fit_linear])
+def test_unfit_labels_are_named(fit):
+    x, y = blobs(60); v, vy = blobs(30, seed=1)
+    with pytest.raises(ValueError, match=r"train: no tile of class \[1\]"): fit(x[y != 1], y[y != 1], v, vy, 3)
+    with pytest.raises(ValueError, match="train: classes .* do not agree with n_classes 2"): fit(x, y, v, vy, 2)
+    with pytest.raises(ValueError, match="valid: classes"): fit(x, y, v, vy + 1, 3)
+    with pytest.raises(ValueError, match="valid: features"): fit(x, y, v, vy[:-1], 3)
+    x[4, 2] = np.nan
+    with pytest.raises(ValueError, match="train: row 4"): fit(x, y, v, vy, 3)
+
+
+def test_C_must_be_positive():
+    x, y = blobs(30)
+    with pytest.raises(ValueError, match="positive"): fit_linear(x, y, x, y, 3, C=[0., 1.])
+
+
+# features
+
+class Tiles:
+    def __init__(self, n, size=16, seed=0):
+        self.tiles = np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    def batch(self, idx): return torch.from_numpy(self.tiles[idx]).permute(0, 3, 1, 2)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.drop, self.map = nn.Dropout(.5), nn.Linear(3, 8)
+    def pooled(self, x): return self.map(self.drop(x).mean((2,3)))
+
+
+def test_extract_is_the_encoder_on_normalised_images_in_order():
+    store, net, mean, std = Tiles(20), Net().train(), (.4,.5,.6), (.2,.3,.1)
+    net.drop.eval(); net.drop.training = True
+    idx = np.array([19, 3, 3, 7, 11])
+    x = (store.tiles[idx]/255 - mean)/std
+    want = x.mean((1,2)) @ net.map.weight.detach().numpy().T + net.map.bias.detach().numpy()
+    for size in (1, 2, 256): assert np.allclose(extract(net, store, idx, mean, std, "cpu", batch_size=size), want, atol=1e-5)
+    assert net.training and net.drop.training and next(net.parameters()).requires_grad
+    half = extract(net, store, idx, mean, std, "cpu", amp=torch.bfloat16)
+    assert half.dtype == np.float32 and np.allclose(half, want, atol=.05) and not np.array_equal(half, want.astype(np.float32))
+
+
+def test_extract_restores_the_mode_after_an_error():
+    class Broken(Net):
+        def pooled(self, x): raise RuntimeError("out of memory")
+    net = Broken().train()
+    with pytest.raises(RuntimeError, match="out of memory"): extract(net, Tiles(2), [0,1], [0.]*3, [1.]*3, "cpu")
+    assert net.training and torch.is_grad_enabled()
+
+
+def test_extract_names_what_is_wrong():
+    net = Net()
+    with pytest.raises(ValueError, match="no tiles"): extract(net, Tiles(2), [], [0.]*3, [1.]*3, "cpu")
+    with torch.no_grad(): net.map.bias[2] = torch.inf
+    with pytest.raises(ValueError, match="row 1 first"): extract(net, Tiles(2), [1,0], [0.]*3, [1.]*3, "cpu")
+
+
+def test_extract_takes_the_librarys_encoder():
+    from sdmae.models.vit import Encoder
+    torch.manual_seed(0)
+    encoder = Encoder(image_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2)
+    store = Tiles(6)
+    got = extract(encoder, store, np.arange(6), [.5]*3, [.25]*3, "cpu", batch_size=4)
+    with torch.no_grad(): tokens = encoder.eval().tokens((store.batch(np.arange(6))/255 - .5)/.25)
+    assert np.allclose(got, tokens[:, encoder.num_prefix_tokens:].mean(1).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("bins", [1, 7, 16, 256])
+def test_colour_histogram_is_numpys(bins):
+    store = Tiles(9)
+    idx = np.array([8, 0, 4])
+    got = colour_histogram(store, idx, bins, batch_size=2).reshape(3, 3, bins)
+    for row, i in zip(got, idx):
+        for c in range(3): assert np.allclose(row[c], np.histogram(store.tiles[i,...,c], bins=bins, range=(0,256))[0]/256, atol=1e-7)
+
+
+def test_colour_histogram_names_what_is_wrong():
+    with pytest.raises(ValueError, match="bins: 0"): colour_histogram(Tiles(2), [0], 0)
+    with pytest.raises(ValueError, match="no tiles"): colour_histogram(Tiles(2), [])
