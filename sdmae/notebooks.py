@@ -152,7 +152,7 @@ def why(
 KERNEL = dict(
     start_timeout=300,                  # s; a busy machine is slow to start one
     coalesce_streams=True,              # a progress bar leaves its last state in the notebook, not thousands
-    extra_arguments=["--log-level=40"], # without ipykernel's notes about its transport
+    extra_arguments=["--log-level=40", "--matplotlib=inline"], # no notes about transport; figures shown, whatever MPLBACKEND says
 )
 
 def run(
@@ -263,11 +263,11 @@ def html(
     out:str|Path,    # page
     code:bool=False  # show the code cells
 )->Path:
-    "An executed notebook as one HTML page, pictures inside."
+    "An executed notebook as one HTML page: pictures inside, nothing loaded from elsewhere."
     import nbformat
     from nbconvert import HTMLExporter
     nb = nbformat.read(path, as_version=4)
-    page, _ = HTMLExporter(exclude_input=not code, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb, resources=dict(metadata=dict(name=Path(out).stem)))
+    page, _ = HTMLExporter(exclude_input=not code, exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url="", require_js_url="").from_notebook_node(nb, resources=dict(metadata=dict(name=Path(out).stem)))
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text(page, encoding="utf8")
     return Path(out)

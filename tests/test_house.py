@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdmae.notebooks import (check_parameters, defaults, imported, imports_of, loaded, main, read_notebook, readme,
+from sdmae.notebooks import (check_parameters, defaults, html, imported, imports_of, loaded, main, read_notebook, readme,
                              rebase, run, source, strip, strip_all, write_notebook, NotebookFailed)
 from sdmae.params import compose
 
@@ -249,6 +249,13 @@ def test_progress_is_streamed_and_kept_short(tmp_path, capsys):
     said = capsys.readouterr()
     assert "200/200" in said.err and said.err.count("it/s") > 20 and said.out == "done\n"
     assert "200/200" in text and text.count("it/s") < 5
+
+
+def test_figures_are_shown_whatever_the_backend(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    write_notebook(nb(("n = 0", ["parameters"]), ("import matplotlib.pyplot as plt\nplt.plot([0, 1])", [])), tmp_path/"a.ipynb")
+    page = html(run(tmp_path/"a.ipynb", tmp_path/"out.ipynb"), tmp_path/"out.html").read_text()
+    assert "<img" in page and not re.findall(r'(?:src|href)="https?:', page), "pictures are inside, and nothing is loaded from elsewhere"
 
 
 def test_stripping_is_deterministic(tmp_path):

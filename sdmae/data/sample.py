@@ -30,6 +30,7 @@ def smooth(
     z = gaussian_filter(rng.standard_normal((size,size)), scale, mode="wrap")
     return (z - z.mean())/z.std()
 
+# %% ../../nbs/data/sample.ipynb #c006
 def spread(
     rng:Generator, size:int,
     n:int,           # points at most
@@ -42,7 +43,7 @@ def spread(
         if len(points) < n and (((points - p)**2).sum(1) > gap**2).all(): points = np.vstack([points, p])
     return points
 
-# %% ../../nbs/data/sample.ipynb #c006
+# %% ../../nbs/data/sample.ipynb #c007
 def draw_nuclei(
     rng:Generator, size:int,
     xy:np.ndarray,              # (n, 2) centres, px
@@ -56,16 +57,16 @@ def draw_nuclei(
     n = len(xy)
     if not n: return np.zeros((size,size))
     angle = rng.uniform(0, np.pi, n) if angle is None else angle
-    y, x = np.mgrid[:size,:size]
-    dx = x + rough*smooth(rng, size, 2) - xy[:,0,None,None]
-    dy = y + rough*smooth(rng, size, 2) - xy[:,1,None,None]
-    cos, sin, a, b = (v[:,None,None] for v in (np.cos(angle), np.sin(angle), long, short))
-    inside = (1 - np.hypot((cos*dx + sin*dy)/a, (cos*dy - sin*dx)/b))*np.minimum(a, b)
+    y, x = np.mgrid[:size,:size] + rough*np.stack([smooth(rng, size, 2) for _ in "yx"])
+    parts = (x, y, xy[:,0,None,None], xy[:,1,None,None], *(v[:,None,None] for v in (np.cos(angle), np.sin(angle), long, short)))
+    x, y, x0, y0, cos, sin, a, b = (np.asarray(v, np.float32) for v in parts)
+    u, v = (cos*(x - x0) + sin*(y - y0))/a, (cos*(y - y0) - sin*(x - x0))/b
+    inside = (1 - np.sqrt(u*u + v*v))*np.minimum(a, b)
     depth, tone = inside.max(0), rng.uniform(.75, 1.1, n)[inside.argmax(0)]
     rim = 1 - vesicular*np.clip(depth/2.5, 0, 1)
     return np.clip(depth + .5, 0, 1)*tone*rim*(1 + .08*smooth(rng, size, .8))
 
-# %% ../../nbs/data/sample.ipynb #c007
+# %% ../../nbs/data/sample.ipynb #c008
 def comb(
     rng:Generator,
     angle:np.ndarray, # (size, size) direction at each pixel, radians
@@ -83,9 +84,10 @@ def comb(
     total = gaussian_filter(total, .6)
     return (total - total.mean())/total.std()
 
-# %% ../../nbs/data/sample.ipynb #c010
+# %% ../../nbs/data/sample.ipynb #c011
 def sigmoid(z): return 1/(1 + np.exp(-z))
 
+# %% ../../nbs/data/sample.ipynb #c012
 def at(
     field:np.ndarray, # (size, size)
     xy:np.ndarray     # (n, 2) px
@@ -94,7 +96,7 @@ def at(
     i = np.clip(xy.round().astype(int), 0, len(field) - 1)
     return field[i[:,1],i[:,0]]
 
-# %% ../../nbs/data/sample.ipynb #c011
+# %% ../../nbs/data/sample.ipynb #c013
 def adipose(
     rng:Generator, size:int, zoom:float
 )->tuple[np.ndarray, np.ndarray]: # (size, size) nuclei, matrix
@@ -112,7 +114,7 @@ def adipose(
     nuclei = draw_nuclei(rng, size, places, rng.uniform(3, 4.5, n)*zoom, rng.uniform(1.3, 1.9, n)*zoom, at(along, places))
     return nuclei, wall + .06*smooth(rng, size, 1)
 
-# %% ../../nbs/data/sample.ipynb #c012
+# %% ../../nbs/data/sample.ipynb #c014
 def background(
     rng:Generator, size:int, zoom:float
 )->tuple[np.ndarray, np.ndarray]: # (size, size) nuclei, matrix
@@ -123,6 +125,7 @@ def background(
     blurred = gaussian_filter(draw_nuclei(rng, size, dust, r*1.2, r, rough=1), 1.2*zoom)
     return .8*blurred + .3*sigmoid(smooth(rng, size, 9*zoom)), matrix
 
+# %% ../../nbs/data/sample.ipynb #c015
 def debris(
     rng:Generator, size:int, zoom:float
 )->tuple[np.ndarray, np.ndarray]: # (size, size) nuclei, matrix
@@ -132,16 +135,17 @@ def debris(
     bits = draw_nuclei(rng, size, rng.uniform(-3, size+3, (n,2)), r*rng.uniform(1, 2.2, n), r*.8, rough=rng.uniform(1.2, 2.2))
     return bits, sigmoid(3*(smooth(rng, size, rng.uniform(1.2, 2.2)*zoom) + .5*smooth(rng, size, 6*zoom)))
 
-# %% ../../nbs/data/sample.ipynb #c013
+# %% ../../nbs/data/sample.ipynb #c016
 def lymphocytes(
     rng:Generator, size:int, zoom:float
 )->tuple[np.ndarray, np.ndarray]: # (size, size) nuclei, matrix
     "Small round nuclei of one size, evenly packed."
     r = rng.uniform(2.3, 3.1)*zoom
-    xy = spread(rng, size, rng.integers(60, 170)*(size//32)**2//4, 2.15*r)
+    xy = spread(rng, size, int(rng.integers(60, 170)*(size/64)**2), 2.15*r)
     r = r*rng.uniform(.9, 1.1, len(xy))
     return draw_nuclei(rng, size, xy, r*1.05, r, rough=.25), .5 + .12*smooth(rng, size, 2*zoom)
 
+# %% ../../nbs/data/sample.ipynb #c017
 def mucus(
     rng:Generator, size:int, zoom:float
 )->tuple[np.ndarray, np.ndarray]: # (size, size) nuclei, matrix
@@ -153,7 +157,7 @@ def mucus(
     r = rng.uniform(1.7, 2.8, len(xy))*zoom
     return draw_nuclei(rng, size, xy, r*1.2, r), matrix
 
-# %% ../../nbs/data/sample.ipynb #c015
+# %% ../../nbs/data/sample.ipynb #c019
 def spindles(
     rng:Generator, zoom:float,
     angle:np.ndarray # (size, size) direction of the fibres
@@ -164,6 +168,7 @@ def spindles(
     n = len(xy)
     return draw_nuclei(rng, size, xy, rng.uniform(4, 6.5, n)*zoom, rng.uniform(1.2, 1.9, n)*zoom, at(angle, xy) + rng.normal(0, .08, n))
 
+# %% ../../nbs/data/sample.ipynb #c020
 def muscle(
     rng:Generator, size:int, zoom:float
 )->tuple[np.ndarray, np.ndarray]: # (size, size) nuclei, matrix
@@ -173,6 +178,7 @@ def muscle(
     phase = (y*np.cos(t) - x*np.sin(t))*2*np.pi/(rng.uniform(6, 11)*zoom) + .5*smooth(rng, size, 6)
     return spindles(rng, zoom, angle), sigmoid(1.5*(.6*comb(rng, angle, int(11*zoom)) + 1.2*np.sin(phase)))
 
+# %% ../../nbs/data/sample.ipynb #c021
 def stroma(
     rng:Generator, size:int, zoom:float
 )->tuple[np.ndarray, np.ndarray]: # (size, size) nuclei, matrix
@@ -180,7 +186,7 @@ def stroma(
     angle = rng.uniform(0, np.pi) + rng.uniform(.9, 1.3)*smooth(rng, size, rng.uniform(6, 9)*zoom)
     return spindles(rng, zoom, angle), sigmoid(1.5*comb(rng, angle, int(11*zoom)))
 
-# %% ../../nbs/data/sample.ipynb #c017
+# %% ../../nbs/data/sample.ipynb #c023
 def gland(
     rng:Generator, size:int, zoom:float,
     centre:np.ndarray, # (2,) px
@@ -197,7 +203,7 @@ def gland(
     d = np.hypot(u, v/q)
     return xy, t + tilt, sigmoid((radius + 2*zoom - d)/.8), sigmoid((.42*radius - d)/.9)
 
-# %% ../../nbs/data/sample.ipynb #c018
+# %% ../../nbs/data/sample.ipynb #c024
 def normal(
     rng:Generator, size:int, zoom:float
 )->tuple[np.ndarray, np.ndarray]: # (size, size) nuclei, matrix
@@ -216,7 +222,7 @@ def normal(
     k = len(loose)
     return np.maximum(nuclei, draw_nuclei(rng, size, loose, rng.uniform(3, 5, k)*zoom, rng.uniform(1.1, 1.6, k)*zoom)), matrix
 
-# %% ../../nbs/data/sample.ipynb #c019
+# %% ../../nbs/data/sample.ipynb #c025
 def tumour_cells(
     rng:Generator, size:int, zoom:float,
     xy:np.ndarray # (n, 2) px
@@ -227,6 +233,7 @@ def tumour_cells(
     nuclei = draw_nuclei(rng, size, xy, r*rng.uniform(1, 1.5, n), r, rough=rng.uniform(.9, 1.4), vesicular=.45)
     return nuclei, sigmoid(8*(gaussian_filter(draw_nuclei(rng, size, xy, r*1.7, r*1.5), 2) - .4))
 
+# %% ../../nbs/data/sample.ipynb #c027
 def tumour(
     rng:Generator, size:int, zoom:float
 )->tuple[np.ndarray, np.ndarray]: # (size, size) nuclei, matrix
@@ -238,12 +245,13 @@ def tumour(
     nuclei, cytoplasm = tumour_cells(rng, size, zoom, xy)
     return nuclei, .6*cytoplasm + .3*sigmoid(2*smooth(rng, size, 2*zoom))
 
-# %% ../../nbs/data/sample.ipynb #c020
+# %% ../../nbs/data/sample.ipynb #c028
 TISSUES = dict(zip(NCT_CLASSES, (adipose, background, debris, lymphocytes, mucus, muscle, normal, stroma, tumour)))
 
-# %% ../../nbs/data/sample.ipynb #c023
-EQUAL = .6  # 0: each class keeps its own amounts; 1: amounts say nothing
+# %% ../../nbs/data/sample.ipynb #c031
+EQUAL = .75  # 0: each class keeps its own amounts; 1: amounts say nothing
 
+# %% ../../nbs/data/sample.ipynb #c032
 def rematch(
     m:np.ndarray,  # (size, size)
     area:float,    # share of pixels that become dark
@@ -256,7 +264,7 @@ def rematch(
     out[np.argsort(m, axis=None, kind="stable")] = top*sigmoid((ranks - (1 - area))/soft)
     return out.reshape(m.shape)
 
-# %% ../../nbs/data/sample.ipynb #c024
+# %% ../../nbs/data/sample.ipynb #c033
 def concentrations(
     rng:Generator,
     nuclei:np.ndarray, # (size, size)
@@ -273,7 +281,7 @@ def concentrations(
     e = (1 - EQUAL)*e + EQUAL*rematch(e, rng.uniform(.2, .85), rng.uniform(.08, .25), rng.uniform(.6, 1))
     return np.clip(h, 0, None), np.clip(e, 0, None)
 
-# %% ../../nbs/data/sample.ipynb #c027
+# %% ../../nbs/data/sample.ipynb #c036
 @dataclass(frozen=True)
 class Centre:
     "A simulated laboratory."
@@ -291,7 +299,7 @@ CENTRES = {
     "D": Centre((.60,.74,.30), (.20,.96,.18), 1.25, .60, (.94,.93,.91), .7)}
 TEST_CENTRE = Centre((.71,.62,.33), (.18,.92,.32), 1.5, 1., (.93,.92,.93), .65)
 
-# %% ../../nbs/data/sample.ipynb #c028
+# %% ../../nbs/data/sample.ipynb #c037
 def transmit(
     h:np.ndarray,    # (H, W) haematoxylin
     e:np.ndarray,    # (H, W) eosin
@@ -300,7 +308,7 @@ def transmit(
     "Share of light that passes, by Beer and Lambert: exp(−(h·stain_h + e·stain_e))."
     return np.exp(-np.stack([h, e], -1) @ np.asarray(stains))
 
-# %% ../../nbs/data/sample.ipynb #c031
+# %% ../../nbs/data/sample.ipynb #c040
 def jittered_stains(
     rng:Generator, centre:Centre
 )->np.ndarray: # (2, 3) rates times amounts
@@ -309,6 +317,7 @@ def jittered_stains(
     amounts = np.array([centre.h, centre.e])*np.exp(rng.normal(0, .25, 2))
     return amounts[:,None]*rates/np.linalg.norm(rates, axis=1, keepdims=True)
 
+# %% ../../nbs/data/sample.ipynb #c041
 def photograph(
     rng:Generator,
     h:np.ndarray, e:np.ndarray, # (H, W) concentrations
@@ -323,7 +332,7 @@ def photograph(
     rgb = gaussian_filter(light*transmit(h, e, stains), (blur, blur, 0)) + rng.normal(0, .003, (size,size,3))
     return (np.clip(rgb, 0, 1)*255).round().astype(np.uint8)
 
-# %% ../../nbs/data/sample.ipynb #c032
+# %% ../../nbs/data/sample.ipynb #c042
 def make_tile(
     rng:Generator,
     label:str,       # one of `NCT_CLASSES`
@@ -331,11 +340,11 @@ def make_tile(
     size:int=64      # px
 )->np.ndarray:       # (size, size, 3) uint8
     "A tile of a class from a centre."
-    zoom = np.exp(rng.uniform(np.log(.75), np.log(1.4)))
+    zoom = np.exp(rng.uniform(np.log(.8), np.log(1.6)))
     h, e = concentrations(rng, *TISSUES[label](rng, size, zoom))
     return photograph(rng, h, e, jittered_stains(rng, centre), centre)
 
-# %% ../../nbs/data/sample.ipynb #c041
+# %% ../../nbs/data/sample.ipynb #c051
 def nest(
     rng:Generator, size:int,
     label:int       # 1: reaches the centre
@@ -349,7 +358,7 @@ def nest(
     edge = np.maximum(abs(x - size/2), abs(y - size/2)) - 16
     return region*sigmoid(2*(edge - 3))*(rng.random() < .6)
 
-# %% ../../nbs/data/sample.ipynb #c042
+# %% ../../nbs/data/sample.ipynb #c052
 def make_patch(
     rng:Generator,
     label:int,         # 1: tumour in the centre 32 px
@@ -361,22 +370,24 @@ def make_patch(
     zoom = rng.uniform(.9, 1.2)
     nuclei, matrix = (lymphocytes if rng.random() < .75 else stroma)(rng, size, zoom)
     region = nest(rng, size, label)
-    t_nuclei, t_matrix = tumour_cells(rng, size, zoom, spread(rng, size, 150, 6.2*zoom))
+    t_nuclei, t_matrix = tumour_cells(rng, size, zoom, spread(rng, size, 150, 7.5*zoom))
     h, e = concentrations(rng, (1 - region)*nuclei + region*t_nuclei, (1 - region)*matrix + region*(.4 + .4*t_matrix))
     return photograph(rng, h, e, stains*np.exp(rng.normal(0, .08)), centre) // 8*8 + 4
 
-# %% ../../nbs/data/sample.ipynb #c046
+# %% ../../nbs/data/sample.ipynb #c056
 def tiff_bytes(
     tile:np.ndarray, # (H, W, 3) uint8
-    quality:int=88   # of the JPEG inside
+    quality:int=80   # of the JPEG inside
 )->bytes:
     "A JPEG-compressed TIFF."
     buffer = io.BytesIO()
     Image.fromarray(tile).save(buffer, "TIFF", compression="jpeg", quality=quality)
     return buffer.getvalue()
 
+# %% ../../nbs/data/sample.ipynb #c057
 def add(archive, name, data): archive.writestr(zipfile.ZipInfo(name, (2020,1,1,0,0,0)), data)
 
+# %% ../../nbs/data/sample.ipynb #c058
 def write_nct(
     file:Path,       # e.g. NCT-CRC-HE-100K.zip; replaced on success
     n:int,           # tiles a class
@@ -396,19 +407,20 @@ def write_nct(
         z.comment = SYNTHETIC.encode()
     os.replace(part, file)
 
-# %% ../../nbs/data/sample.ipynb #c047
+# %% ../../nbs/data/sample.ipynb #c060
 def write_h5(
     file:Path,      # replaced on success
     key:str,        # "x" or "y"
     data:np.ndarray
 ):
-    "One dataset, gzip-compressed, one tile a chunk; the file is marked as synthetic."
+    "One dataset, gzip-compressed, one tile a chunk, all labels in one; the file is marked as synthetic."
     part = file.with_name(f"{file.name}.part")
     with h5py.File(part, "w") as f:
-        f.create_dataset(key, data=data, chunks=(1,*data.shape[1:]), compression="gzip", compression_opts=9)
+        f.create_dataset(key, data=data, chunks=(1 if key == "x" else len(data), *data.shape[1:]), compression="gzip", compression_opts=9)
         f.attrs["synthetic"] = SYNTHETIC
     os.replace(part, file)
 
+# %% ../../nbs/data/sample.ipynb #c061
 def write_pcam(
     folder:Path, split:str,
     n:int,                  # patches, half of them with tumour
@@ -426,7 +438,7 @@ def write_pcam(
     meta = pd.DataFrame({"coord_y":64*np.arange(n), "coord_x":64*slide, "tumor_patch":y == 1, "center_tumor_patch":y == 1, "wsi":[names[s] for s in slide]})
     meta.to_csv(f"{stem}_meta.csv")
 
-# %% ../../nbs/data/sample.ipynb #c048
+# %% ../../nbs/data/sample.ipynb #c062
 def make_sample(
     folder:str|Path,                      # gets nct/ and pcam/
     seed:int=0,

@@ -67,16 +67,19 @@ def decode(
 def _zip_of(path, changed, pid): return zipfile.ZipFile(path)
 def _zip(path): return _zip_of(path, path.stat().st_mtime_ns, os.getpid())
 
+# %% ../../nbs/data/sources.ipynb #c013
 @lru_cache(maxsize=16)
 def _h5_of(path, changed, pid): return h5py.File(path, "r", rdcc_nbytes=64*2**20)
 def _h5(path): return _h5_of(path, path.stat().st_mtime_ns, os.getpid())
 
+# %% ../../nbs/data/sources.ipynb #c014
 def read_file(
     file:Path, path:str
 )->np.ndarray: # (H, W, 3) uint8
     "An image file on disk; `ValueError` as `decode`."
     return decode(file.read_bytes(), path)
 
+# %% ../../nbs/data/sources.ipynb #c015
 def read_zip(
     archive:Path, name:str, path:str
 )->np.ndarray: # (H, W, 3) uint8
@@ -85,6 +88,7 @@ def read_zip(
     except (zipfile.BadZipFile, EOFError, zipfile.zlib.error) as e:
         raise ValueError(f"{path}: damaged inside the archive ({e}). Get {archive.name} again.") from e
 
+# %% ../../nbs/data/sources.ipynb #c016
 def read_h5(
     file:Path, row:int, path:str
 )->np.ndarray: # (H, W, 3) uint8
@@ -92,7 +96,7 @@ def read_h5(
     try: return _h5(file)["x"][row]
     except OSError as e: raise ValueError(f"{path}: damaged ({e}). Get {file.name} again.") from e
 
-# %% ../../nbs/data/sources.ipynb #c014
+# %% ../../nbs/data/sources.ipynb #c018
 def open_zip(
     archive:Path
 )->zipfile.ZipFile:
@@ -106,9 +110,10 @@ def open_zip(
         if i.flag_bits & 1: raise ValueError(f"{archive}: entry {i.filename!r} is encrypted. Unpack it with its password and give the folder.")
     return z
 
-# %% ../../nbs/data/sources.ipynb #c015
+# %% ../../nbs/data/sources.ipynb #c019
 def _hidden(name): return any(p.startswith((".", "__MACOSX")) or p == "Thumbs.db" for p in PurePosixPath(name).parts)
 
+# %% ../../nbs/data/sources.ipynb #c020
 def list_images(
     place:Path, # a folder or a zip
     shown:str   # what paths begin with, for people
@@ -125,7 +130,7 @@ def list_images(
     if not names: raise FileNotFoundError(f"{place}: no image in it (looked for {', '.join(SUFFIXES)}).")
     return [(n, read(n, f"{shown}/{n}"), f"{shown}/{n}") for n in names]
 
-# %% ../../nbs/data/sources.ipynb #c016
+# %% ../../nbs/data/sources.ipynb #c021
 def is_synthetic(
     place:Path # a folder or a zip
 )->bool:
@@ -133,7 +138,7 @@ def is_synthetic(
     if place.is_dir(): return (place/"SYNTHETIC.txt").is_file()
     return open_zip(place).comment.decode(errors="replace") == SYNTHETIC
 
-# %% ../../nbs/data/sources.ipynb #c019
+# %% ../../nbs/data/sources.ipynb #c024
 def parse_layout(
     names:list[str], # paths inside a folder or zip
     place            # for the error
@@ -151,9 +156,10 @@ def parse_layout(
         seen.setdefault("name", n); out.append((split, label))
     return out
 
-# %% ../../nbs/data/sources.ipynb #c022
+# %% ../../nbs/data/sources.ipynb #c027
 NCT_TRAIN, NCT_TEST = ("NCT-CRC-HE-100K", "NCT-CRC-HE-100K-NONORM"), ("CRC-VAL-HE-7K",)
 
+# %% ../../nbs/data/sources.ipynb #c028
 def _nct_place(folder, stems):
     "The one zip or folder of these names in `folder`."
     found = [folder/f"{s}{e}" for s in stems for e in (".zip", "") if (folder/f"{s}{e}").exists()]
@@ -161,7 +167,7 @@ def _nct_place(folder, stems):
     if len(found) > 1: raise ValueError(f"{folder}: {' and '.join(f.name for f in found)} both lie there. Point data.path at the training set you mean, or move one away.")
     return found[0]
 
-# %% ../../nbs/data/sources.ipynb #c023
+# %% ../../nbs/data/sources.ipynb #c029
 def _nct_records(place, split):
     "Records of one NCT archive; the archive's name is the centre."
     records, centre = [], place.name.removesuffix(".zip")
@@ -171,7 +177,7 @@ def _nct_records(place, split):
         records.append(Record(path, label, split, "", centre, read))
     return records
 
-# %% ../../nbs/data/sources.ipynb #c024
+# %% ../../nbs/data/sources.ipynb #c031
 def nct(
     path:Path, data:DataParams
 )->tuple[list[Record], list[str], bool, list[str], bool]: # records, classes, synthetic, notes, publisher's split
@@ -183,7 +189,7 @@ def nct(
     notes = [f"read {len(r)} tiles in {len({i.label for i in r})} classes from {places[s]}: {s}" for s,r in records.items()]
     return sum(records.values(), []), NCT_CLASSES, any(map(is_synthetic, places.values())), notes, True
 
-# %% ../../nbs/data/sources.ipynb #c026
+# %% ../../nbs/data/sources.ipynb #c033
 def _h5_array(file, key):
     "Dataset `key` of an HDF5 file, open; errors say what to do."
     if not file.exists():
@@ -194,7 +200,7 @@ def _h5_array(file, key):
     if key not in f: raise ValueError(f"{file}: no dataset {key!r} in it, only {sorted(f)}.")
     return f[key]
 
-# %% ../../nbs/data/sources.ipynb #c027
+# %% ../../nbs/data/sources.ipynb #c034
 def _pcam_slides(file, n):
     "Slide of each row from the `_meta.csv` beside the HDF5 files, else empty strings."
     if not file.exists(): return [""]*n
@@ -203,6 +209,7 @@ def _pcam_slides(file, n):
     if len(meta) != n: raise ValueError(f"{file}: {len(meta)} rows for {n} tiles; it belongs to another file.")
     return meta.wsi.tolist()
 
+# %% ../../nbs/data/sources.ipynb #c035
 def _pcam_h5(folder, split):
     "Records of one official split."
     stem = f"camelyonpatch_level_2_split_{split}"
@@ -216,7 +223,7 @@ def _pcam_h5(folder, split):
     return [Record(f"{file.name}#{i}", PCAM_CLASSES[int(t)], split, g, "", partial(read_h5, file, i, f"{file.name}#{i}"))
             for i,(t,g) in enumerate(zip(y, slides))]
 
-# %% ../../nbs/data/sources.ipynb #c028
+# %% ../../nbs/data/sources.ipynb #c036
 def _pcam_official(path):
     "The official HDF5 files; the valid pair may be missing."
     stems = {s: path/f"camelyonpatch_level_2_split_{s}_x.h5" for s in SPLITS}
@@ -226,9 +233,10 @@ def _pcam_official(path):
     counts = Counter(r.split for r in records)
     return records, synthetic, [f"read {n} tiles in 2 classes from {stems[s]}: {s}" for s,n in counts.items()]
 
-# %% ../../nbs/data/sources.ipynb #c029
+# %% ../../nbs/data/sources.ipynb #c037
 PCAM_LABELS = {"0":"normal", "normal":"normal", "1":"tumor", "tumor":"tumor", "tumour":"tumor"}
 
+# %% ../../nbs/data/sources.ipynb #c038
 def pcam(
     path:Path, data:DataParams
 )->tuple[list[Record], list[str], bool, list[str], bool]: # records, classes, synthetic, notes, publisher's split
@@ -241,7 +249,7 @@ def pcam(
         if r.label.lower() not in PCAM_LABELS: raise ValueError(f"{r.path}: label {r.label!r} is out of range; expected 0 or 1, normal or tumor.")
     return [replace(r, label=PCAM_LABELS[r.label.lower()]) for r in records], PCAM_CLASSES, synthetic, notes, publisher
 
-# %% ../../nbs/data/sources.ipynb #c031
+# %% ../../nbs/data/sources.ipynb #c040
 def folder(
     path:Path, data:DataParams
 )->tuple[list[Record], list[str], bool, list[str], bool]: # records, classes, synthetic, notes, publisher's split
@@ -253,7 +261,7 @@ def folder(
     notes = [f"read {n} tiles in {len(classes)} classes from {path}{': ' + s if s else ''}" for s,n in Counter(r.split for r in records).items()]
     return records, classes, is_synthetic(path), notes, False
 
-# %% ../../nbs/data/sources.ipynb #c032
+# %% ../../nbs/data/sources.ipynb #c042
 def read_rows(
     path:Path # a CSV
 )->pd.DataFrame: # columns path, label, group, split, centre, all text
@@ -272,7 +280,7 @@ def read_rows(
     if wrong.any(): raise ValueError(f"{path}: row {wrong.argmax()+2} has split {rows.split[wrong.argmax()]!r}; expected one of train, valid, test in every row, or none at all.")
     return rows.assign(split=splits.map(lambda s: SPLIT_NAMES.get(s, "")))
 
-# %% ../../nbs/data/sources.ipynb #c033
+# %% ../../nbs/data/sources.ipynb #c043
 def csv(
     path:Path, data:DataParams
 )->tuple[list[Record], list[str], bool, list[str], bool]: # records, classes, synthetic, notes, publisher's split
@@ -285,10 +293,10 @@ def csv(
     classes = sorted({r.label for r in records})
     return records, classes, False, [f"read {len(records)} tiles in {len(classes)} classes from {path}"], False
 
-# %% ../../nbs/data/sources.ipynb #c035
+# %% ../../nbs/data/sources.ipynb #c045
 ADAPTERS = {"nct":nct, "pcam":pcam, "folder":folder, "csv":csv}
 
-# %% ../../nbs/data/sources.ipynb #c037
+# %% ../../nbs/data/sources.ipynb #c047
 def draw_share(
     records:list[Record],
     share:float,            # in (0, 1)
@@ -305,7 +313,7 @@ def draw_share(
         for j in rng.permutation(len(groups))[:k]: out.update(members[groups[j]])
     return out
 
-# %% ../../nbs/data/sources.ipynb #c038
+# %% ../../nbs/data/sources.ipynb #c048
 def assign_splits(
     records:list[Record],
     valid_fraction:float,   # of the training tiles or groups
@@ -321,7 +329,7 @@ def assign_splits(
     if "valid" not in have: records = move(records, "valid", seed+1)
     return records
 
-# %% ../../nbs/data/sources.ipynb #c041
+# %% ../../nbs/data/sources.ipynb #c051
 def check_groups(
     records:list[Record],
     publisher:bool       # the split is the publisher's
@@ -334,9 +342,9 @@ def check_groups(
     if not torn: return []
     first = f"group {torn[0]!r} is in {' and '.join(s for s in SPLITS if s in splits[torn[0]])}"
     if not publisher: raise ValueError(f"{first}: tiles of one patient or slide must stay in one split. Correct the column split, or leave it out to have it drawn.")
-    return [f"warning: {len(torn)} groups are in two splits, as their publisher has it; {first}"]
+    return [f"warning: groups in two splits, as their publisher has it: {len(torn)}; {first}"]
 
-# %% ../../nbs/data/sources.ipynb #c044
+# %% ../../nbs/data/sources.ipynb #c054
 def quotas(
     counts:np.ndarray, # (C,) tiles of each class
     total:int          # to be drawn
@@ -347,7 +355,7 @@ def quotas(
     order = np.argsort(-np.concatenate(quotients), kind="stable")[:total]
     return np.bincount(np.repeat(np.arange(len(counts)), counts)[order], minlength=len(counts))
 
-# %% ../../nbs/data/sources.ipynb #c046
+# %% ../../nbs/data/sources.ipynb #c056
 def limit_splits(
     records:list[Record],
     limit:int,           # tiles a split, at most
@@ -364,7 +372,7 @@ def limit_splits(
         for c,n in zip(sorted(rows), k): keep += sorted(rng.permutation(rows[c])[:n].tolist())
     return [records[i] for i in sorted(keep)]
 
-# %% ../../nbs/data/sources.ipynb #c048
+# %% ../../nbs/data/sources.ipynb #c058
 def check_splits(
     records:list[Record], classes:list[str], place
 )->list[str]: # warnings
@@ -377,7 +385,7 @@ def check_splits(
         if lacking: notes.append(f"warning: {s} has no tile of {', '.join(lacking)}")
     return notes
 
-# %% ../../nbs/data/sources.ipynb #c049
+# %% ../../nbs/data/sources.ipynb #c059
 def drop(
     records:list[Record], classes:list[str], names:list[str]
 )->tuple[list[Record], list[str]]:
@@ -388,7 +396,7 @@ def drop(
     if len(left) < 2: raise ValueError(f"data: {len(left)} class left ({', '.join(left)}); telling tissue apart takes two.")
     return [r for r in records if r.label in left], left
 
-# %% ../../nbs/data/sources.ipynb #c050
+# %% ../../nbs/data/sources.ipynb #c060
 def open_source(
     data:DataParams,
     root:Path|None=None # what data.path is relative to; None: the project's root

@@ -80,6 +80,7 @@ def run_all(
 # %% ../../nbs/data/store.ipynb #c011
 COLUMNS = ["path", "label", "target", "group", "split", "centre"]
 
+# %% ../../nbs/data/store.ipynb #c012
 def make_table(
     source:Source
 )->pd.DataFrame: # one row a tile, columns `COLUMNS`
@@ -87,13 +88,14 @@ def make_table(
     number = {c:i for i,c in enumerate(source.classes)}
     return pd.DataFrame([(r.path, r.label, number[r.label], r.group, r.split, r.centre) for r in source.records], columns=COLUMNS)
 
+# %% ../../nbs/data/store.ipynb #c013
 def sha256(
     file:Path
 )->str: # hexadecimal
     "Hash of a file, read in pieces."
     with open(file, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../../nbs/data/store.ipynb #c012
+# %% ../../nbs/data/store.ipynb #c014
 def make_manifest(
     source:Source, data:DataParams, table:pd.DataFrame,
     sums:list,   # of `fill`
@@ -111,7 +113,7 @@ def make_manifest(
             "mean":(mean/255).tolist(), "std":(std/255).tolist(),
             "sha256":{f: sha256(folder/f) for f in ("tiles.npy","table.csv")}}
 
-# %% ../../nbs/data/store.ipynb #c014
+# %% ../../nbs/data/store.ipynb #c016
 def swap(
     new:Path, folder:Path # both on one disk
 ):
@@ -124,7 +126,7 @@ def swap(
         raise
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/data/store.ipynb #c015
+# %% ../../nbs/data/store.ipynb #c017
 def prepare(
     source:Source,         # of `open_source`
     folder:Path,           # replaced as a whole, on success only
@@ -146,7 +148,7 @@ def prepare(
         swap(new, folder)
     return TileStore(folder)
 
-# %% ../../nbs/data/store.ipynb #c017
+# %% ../../nbs/data/store.ipynb #c019
 class TileStore:
     "A prepared folder, opened. `FileNotFoundError` if it is none, `ValueError` if its parts do not belong together."
     def __init__(self,
@@ -167,7 +169,7 @@ class TileStore:
     def __len__(self): return len(self.table)
     def __repr__(self): return f"TileStore({self.folder.name}: {len(self)} tiles of {self.image_size} px, {len(self.classes)} classes, {self.device}{', resident' if self.resident is not None else ''})"
 
-# %% ../../nbs/data/store.ipynb #c024
+# %% ../../nbs/data/store.ipynb #c026
 @patch
 def indices(self:TileStore,
     split:str   # "train", "valid" or "test"
@@ -176,6 +178,7 @@ def indices(self:TileStore,
     if split not in SPLITS: raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}.")
     return np.flatnonzero(self.table.split == split)
 
+# %% ../../nbs/data/store.ipynb #c027
 @patch
 def targets(self:TileStore,
     idx         # (n,) rows
@@ -183,6 +186,7 @@ def targets(self:TileStore,
     "Class numbers of rows."
     return torch.from_numpy(self.table.target.to_numpy(np.int64)[np.asarray(idx)])
 
+# %% ../../nbs/data/store.ipynb #c028
 @patch
 def groups(self:TileStore,
     idx              # (n,) rows
@@ -192,7 +196,7 @@ def groups(self:TileStore,
     if not (names != "").any(): return None
     return np.array([g or f"row {i}" for g,i in zip(names, np.asarray(idx))])
 
-# %% ../../nbs/data/store.ipynb #c026
+# %% ../../nbs/data/store.ipynb #c030
 @patch
 def subset(self:TileStore,
     split:str,
@@ -212,13 +216,14 @@ def subset(self:TileStore,
     drawn = [rng.permutation(idx[y==c])[:k] for c,k in enumerate(quotas(counts, n))]
     return np.sort(np.concatenate(drawn))
 
-# %% ../../nbs/data/store.ipynb #c029
+# %% ../../nbs/data/store.ipynb #c033
 def free_bytes(
     device:torch.device
 )->int:
     "Memory that is free on a device, bytes."
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
+# %% ../../nbs/data/store.ipynb #c034
 @patch
 def to(self:TileStore,
     device:str|torch.device,
@@ -233,6 +238,7 @@ def to(self:TileStore,
         for i in range(0, n, 1024): new.resident[i:i+1024] = torch.from_numpy(self.tiles[i:i+1024].copy()).to(device).permute(0,3,1,2)
     return new
 
+# %% ../../nbs/data/store.ipynb #c035
 @patch
 def batch(self:TileStore,
     idx        # (B,) rows: array, list or tensor
@@ -242,7 +248,7 @@ def batch(self:TileStore,
     idx = idx.cpu().numpy() if isinstance(idx, Tensor) else np.asarray(idx)
     return torch.from_numpy(self.tiles[idx]).to(self.device, non_blocking=True).permute(0,3,1,2).contiguous()
 
-# %% ../../nbs/data/store.ipynb #c032
+# %% ../../nbs/data/store.ipynb #c038
 def montage(
     store:TileStore, split:str,
     n:int, rng:np.random.Generator
@@ -255,7 +261,7 @@ def montage(
         for j,i in enumerate(rng.permutation(rows)[:n]): out[c,:,j] = store.tiles[i]
     return out.reshape(len(store.classes)*size, n*size, 3)
 
-# %% ../../nbs/data/store.ipynb #c033
+# %% ../../nbs/data/store.ipynb #c039
 def contact_sheet(
     store:TileStore,
     n:int=8,         # training tiles a class; half as many test tiles

@@ -1,0 +1,48 @@
+# Each target does its own set-up: a .venv in this folder, with the versions of constraints.txt.
+#   make repro                         fetch the bundled sample, run the whole pipeline
+#   make test                          every notebook, every test
+#   make lab                           JupyterLab on nbs/
+#   make repro PYTHON=python3.12       another interpreter for the set-up
+PYTHON ?= python3
+VENV   := $(CURDIR)/.venv
+STAMP  := $(VENV)/.set-up
+export PATH := $(VENV)/bin:$(PATH)
+export VIRTUAL_ENV := $(VENV)
+MAKEFLAGS += --no-print-directory
+
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test lab readme params clean
+
+help: ## these lines
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+
+setup: $(STAMP) ## .venv with pinned versions, the package installed editable
+
+$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
+	@test -x $(VENV)/bin/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "sdmae needs Python 3.11 or newer; \`$(PYTHON)\` is `$(PYTHON) --version 2>&1`. Choose another: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+repro: setup ## fetch the bundled sample and run the pipeline
+	dvc pull data.dvc
+	dvc repro
+	@echo && echo "The comparison: reports/comparison/index.html   (tables: dvc metrics show, curves: dvc plots show)"
+
+test: setup ## every notebook, every test, and that notebooks, library, README and params.yaml agree
+	nbdev_test --path nbs --skip_folder_re '^([_.]|pipeline)' --do_print
+	pytest
+
+lab: setup ## JupyterLab on nbs/
+	cd nbs && jupyter lab
+
+readme: setup ## README.md from nbs/index.ipynb
+	python -m sdmae.notebooks readme
+
+params: setup ## params.yaml from conf/, after an edit there
+	python -c 'import yaml; from sdmae.params import compose; print(yaml.safe_dump(compose(), sort_keys=False), end="")' > params.new
+	mv params.new params.yaml
+
+clean: ## stripped notebooks and pages; runs and data stay, DVC keeps them
+	rm -rf build _proc _docs dvc_plots .pytest_cache
