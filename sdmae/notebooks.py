@@ -310,7 +310,9 @@ def main(
     except (NotebookFailed, ValueError, FileNotFoundError) as e:
         print(f"\n{e}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt: return 130
+    except KeyboardInterrupt:
+        print("\nInterrupted. A training goes on from its last checkpoint when the same command is given again.", file=sys.stderr)
+        return 130
     return 0
 
 # %% ../nbs/notebooks.ipynb #c055

@@ -182,6 +182,15 @@ def test_stages_depend_on_stripped_notebooks_only():
 
 # The tool: bad input
 
+@pytest.fixture(autouse=True)
+def tidy():
+    "What failing notebooks leave behind is taken away."
+    failed = lambda: set((ROOT/"build"/"failed").glob("*.ipynb"))
+    before = failed()
+    yield
+    for o in failed() - before: o.unlink()
+
+
 def nb(*cells):
     out = [dict(cell_type="code", source=s, metadata=dict(tags=t), outputs=[], execution_count=None) for s, t in cells]
     return dict(cells=out, nbformat=4, nbformat_minor=4, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
@@ -226,7 +235,6 @@ def test_a_failing_notebook(tmp_path, capsys):
     assert "started" in said.out and "ValueError: row 7 of labels.csv: no such class" in said.err
     kept = ROOT/re.search(r"build/failed/\S+?\.ipynb", said.err)[0]
     assert "started" in kept.read_text() and not out.exists()
-    kept.unlink()
 
 
 def test_a_failing_run_keeps_the_earlier_notebook(tmp_path):

@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from pathlib import Path
 from contextlib import nullcontext
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from timm.optim import param_groups_weight_decay
 from ..params import OptimParams
 from .checkpoint import save_checkpoint, load_checkpoint

@@ -23,7 +23,7 @@ def od_jitter(
     density = -x.clamp(min=1/255).log()
     return torch.exp(-(density*(1 + draw(3, strength, x)) + draw(3, strength/4, x))).clamp(max=1)
 
-# %% ../../nbs/views/colour.ipynb #c010
+# %% ../../nbs/views/colour.ipynb #c011
 def grey(x:Tensor)->Tensor: # (B, 1, H, W)
     "Luma of Rec. 601, as torchvision."
     return (x * x.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
@@ -32,7 +32,7 @@ def blend(x, other, factor): return (factor*x + (1-factor)*other).clamp(0, 1)
 
 BLENDS = (lambda x: torch.zeros_like(x[:, :1]), lambda x: grey(x).mean((2, 3), keepdim=True), grey) # brightness, contrast, saturation
 
-# %% ../../nbs/views/colour.ipynb #c011
+# %% ../../nbs/views/colour.ipynb #c012
 def color_jitter(
     x:Tensor,      # (B, 3, H, W) in [0, 1]
     strength:float # each factor is uniform in 1 ± strength
@@ -41,7 +41,7 @@ def color_jitter(
     for i in torch.randperm(3).tolist(): x = blend(x, BLENDS[i](x), 1 + draw(1, strength, x))
     return x
 
-# %% ../../nbs/views/colour.ipynb #c014
+# %% ../../nbs/views/colour.ipynb #c015
 def erase(
     x:Tensor,          # (B, 3, H, W) in [0, 1]
     probability:float, # of an image
