@@ -6,14 +6,13 @@
 __all__ = ['METHODS', 'build_method']
 
 # %% ../../nbs/methods/registry.ipynb #c002
+from importlib import import_module
 import torch
 from torch import nn
 from ..params import Params
 from ..models.vit import suit_attention
-from .mae import MAE
-from .sdmae import SDMAE
 
-METHODS = dict(mae=MAE, sdmae=SDMAE)
+METHODS = dict(random="RandomEncoder", mae="MAE", sdmae="SDMAE") # module in sdmae.methods → class
 
 # %% ../../nbs/methods/registry.ipynb #c004
 def build_method(
@@ -25,5 +24,6 @@ def build_method(
     "A freshly initialised method. Raises `ValueError` for an unknown name."
     if name not in METHODS: raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
     torch.manual_seed(seed)
-    method = METHODS[name](getattr(params.method, name), params.model, params.data.image_size)
+    build = getattr(import_module(f"sdmae.methods.{name}"), METHODS[name])
+    method = build(getattr(params.method, name), params.model, params.data.image_size)
     return suit_attention(method, device).to(device)
