@@ -176,7 +176,7 @@ class ProbeParams(Section):
     "Frozen features: k-nearest neighbours and logistic regression."
     labels:list[Labels] = ["all"]
     neighbours:list[int] = [1, 5, 10, 20, 50]           # k, chosen on validation
-    C:list[float] = [1e-4, 1e-3, 1e-2, 1e-1, 1., 10.]   # inverse regularisation, chosen on validation
+    C:list[float] = [1e-4, 1e-3, 1e-2, 1e-1, 1., 10., 100.]   # inverse regularisation, chosen on validation
 
 # %% ../nbs/params.ipynb #c030
 class FinetuneParams(Section):
