@@ -237,7 +237,7 @@ def _curve_panel(ax, part, metric):
         run = run.sort_values("step")
         ax.plot(run.step, run.value, lw=1.5, ms=4, **style(encoder) | ({} if len(run) < 15 else {"marker": ""}))
         ends.setdefault(encoder, []).append((run.step.iloc[-1], run.value.iloc[-1]))
-    ax.set(xlabel="step"); ax.set_title(metric, fontsize=10); ax.margins(x=.01)
+    ax.set(xlabel="epoch"); ax.set_title(metric, fontsize=10); ax.margins(x=.01)
     name_ends(ax, {e: np.nanmean(v, axis=0) for e, v in ends.items()})
 
 # %% ../../nbs/report/figures.ipynb #c037
