@@ -10,7 +10,7 @@ __all__ = ['Labels', 'project_root', 'Section', 'DataParams', 'ModelParams', 'Vi
 
 # %% ../nbs/params.ipynb #c002
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -73,6 +73,7 @@ class ViewParams(Section):
     def _scale(self):
         low, high = self.scale
         if not 0 < low <= high <= 1: raise ValueError(f"scale must rise within (0, 1], got {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]: raise ValueError(f"ratio must rise from above 0, got {self.ratio}")
         return self
 
 # %% ../nbs/params.ipynb #c016
@@ -160,7 +161,7 @@ class PretrainParams(Section):
     "Budget of pre-training, the same for every method."
     epochs:int = Field(ge=1)
     batch_size:int = Field(ge=2)                        # images between two optimiser steps
-    accumulate:int = Field(1, ge=1)                     # equal parts a batch is split into
+    accumulate:int = Field(1, ge=1)                     # equal parts a batch is split into; SD-MAE's centre moves once a part
     watch_every:int = Field(ge=1)                       # epochs between kNN, RankMe and reconstructions
     checkpoint_minutes:float = Field(2., ge=0)          # at least so long between two checkpoints
 
@@ -170,18 +171,18 @@ class PretrainParams(Section):
         return self
 
 # %% ../nbs/params.ipynb #c029
-Labels = int|float|Literal["all"] # images, a share below 1, or all
+Labels = Annotated[int, Field(ge=2)]|Annotated[float, Field(gt=0, lt=1)]|Literal["all"] # images, a share below 1, or all
 
 class ProbeParams(Section):
     "Frozen features: k-nearest neighbours and logistic regression."
-    labels:list[Labels] = ["all"]
-    neighbours:list[int] = [1, 5, 10, 20, 50]           # k, chosen on validation
-    C:list[float] = [1e-4, 1e-3, 1e-2, 1e-1, 1., 10., 100.]   # inverse regularisation, chosen on validation
+    labels:list[Labels] = Field(["all"], min_length=1)
+    neighbours:list[Annotated[int, Field(ge=1)]] = Field([1, 5, 10, 20, 50], min_length=1)  # k, chosen on validation
+    C:list[Annotated[float, Field(gt=0)]] = Field([1e-4, 1e-3, 1e-2, 1e-1, 1., 10., 100.], min_length=1) # inverse regularisation, chosen on validation
 
 # %% ../nbs/params.ipynb #c030
 class FinetuneParams(Section):
     "End-to-end fine-tuning, and supervised training from scratch."
-    labels:list[Labels] = ["all"]
+    labels:list[Labels] = Field(["all"], min_length=1)
     epochs:int = Field(ge=1)                            # passes over all labels of the training split
     min_steps:int = Field(0, ge=0)                      # at least so many optimiser steps, where labels are few
     batch_size:int = Field(ge=2)
@@ -196,7 +197,7 @@ class FinetuneParams(Section):
 # %% ../nbs/params.ipynb #c031
 class ReportParams(Section):
     "Statistics of the report."
-    bootstrap:int = Field(1000, ge=10)      # draws
+    bootstrap:int = Field(1000, ge=10)      # draws of the paired comparison
     tsne_tiles:int = Field(1000, ge=10)     # test tiles drawn, at most
 
 # %% ../nbs/params.ipynb #c033
@@ -211,7 +212,7 @@ class Params(Section):
     probe:ProbeParams = ProbeParams()
     finetune:FinetuneParams
     report:ReportParams = ReportParams()
-    device:str = "auto"                                     # "auto": CUDA when there is one
+    device:str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")  # "auto": CUDA when there is one
     precision:Literal["auto","float32","bfloat16"] = "auto" # "auto": bfloat16 where the device is built for it
 
     def patches(self)->int: # tokens of an image, without the class token
@@ -221,6 +222,7 @@ class Params(Section):
     @model_validator(mode="after")
     def _check(self):
         check_patches(self)
+        if "random" not in self.methods: raise ValueError("methods must list random: it is the null, and supervised training starts from it")
         for name in self.methods: check_method(self, name)
         return self
 
@@ -235,8 +237,12 @@ def check_method(p, name):
     section = getattr(p.method, name, None)
     if section is None: raise ValueError(f"methods lists {name!r}, but there is no section method.{name}; known: {', '.join(MethodsParams.model_fields)}")
     ratio = getattr(section, "mask_ratio", None)
-    if ratio is not None and not 0 < int(ratio*p.patches()) < p.patches():
-        raise ValueError(f"method.{name}.mask_ratio {ratio} leaves no visible or no masked token of {p.patches()}")
+    n = p.patches()
+    if ratio is not None and not (int(ratio*n) >= 1 and int((1-ratio)*n) >= 1):
+        raise ValueError(f"method.{name}.mask_ratio {ratio} leaves no visible or no masked token of {n}")
+    widths = [p.model.embed_dim] + ([section.decoder.embed_dim] if ratio is not None else [])
+    if section.pos_embed == "sincos2d" and any(w % 4 for w in widths):
+        raise ValueError(f"method.{name}.pos_embed sincos2d needs widths divisible by 4, got {widths}")
 
 # %% ../nbs/params.ipynb #c036
 def explain(error:ValidationError)->list[str]: # one line a fault

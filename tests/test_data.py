@@ -246,6 +246,8 @@ def test_empty_split_and_untrained_class(tmp_path):
     assert open_source(params(tmp_path/"four")).notes[-1] == "warning: test has no tile of c"
     put(tmp_path/"five", tiles(5, "ab", "test/"))
     with pytest.raises(ValueError, match="split 'train' is empty"): open_source(params(tmp_path/"five"))
+    put(tmp_path/"six", {**tiles(9, "abc", "train/"), **tiles(5, "a", "test/")})
+    with pytest.raises(ValueError, match="split 'test' has one class only.*Add tiles of b, c"): open_source(params(tmp_path/"six"))
 
 
 # CSV

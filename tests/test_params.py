@@ -24,7 +24,7 @@ def edit(path, value):
     ("pretrian", {}, "pretrian: unknown parameter"),
     ("pretrain.epochs", 0, "pretrain.epochs"),
     ("pretrain.epochs", "many", "pretrain.epochs"),
-    ("pretrain.accumulate", 7, "batch_size 64 is not divisible by accumulate 7"),
+    ("pretrain.accumulate", 7, "is not divisible by accumulate 7"),
     ("model.patch_size", 7, "data.image_size 64 is not divisible by model.patch_size 7"),
     ("model.num_heads", 5, "embed_dim 192 is not divisible by num_heads 5"),
     ("method.mae.decoder.num_heads", 5, "embed_dim 96 is not divisible by num_heads 5"),
@@ -32,10 +32,14 @@ def edit(path, value):
     ("method.mae.mask_ratio", 1.0, "method.mae.mask_ratio"),
     ("method.sdmae.center_on", "prob", "method.sdmae.center_on"),
     ("method.sdmae.views.scale", [0.5, 0.2], "scale must rise"),
-    ("methods", ["sdmea"], "methods lists 'sdmea', but there is no section method.sdmea"),
+    ("methods", ["random", "sdmea"], "methods lists 'sdmea', but there is no section method.sdmea"),
     ("methods", [], "methods"),
     ("data.adapter", "pcamm", "data.adapter"),
-    ("device", 3, "device"),
+    ("device", 3, "device"), ("device", "cdua", "device"),
+    ("probe.labels", [], "probe.labels"), ("probe.labels", [0], "probe.labels"), ("finetune.labels", [1.5], "finetune.labels"),
+    ("probe.C", [-1.0], "probe.C"), ("probe.neighbours", [0], "probe.neighbours"), ("finetune.views.ratio", [2.0, 0.5], "ratio must rise"),
+    ("methods", ["mae", "sdmae"], "methods must list random"), ("method.mae.mask_ratio", 0.985, "leaves no visible or no masked token"),
+    ("method.mae.decoder", dict(embed_dim=30, depth=1, num_heads=3), "needs widths divisible by 4"),
 ])
 def test_a_fault_is_named(path, value, words):
     with pytest.raises(ValueError, match="cannot be used") as e: parse_params(edit(path, value))
@@ -66,7 +70,8 @@ def test_every_group_composes(group):
 
 def test_the_releases_numbers():
     "The configurations `mae` and `sdmae` hold the authors' numbers; peak rates follow from the batch."
-    p = parse_params(compose(["method@method.mae=mae", "method@method.sdmae=sdmae", "data=nct8", "model=vit_small_16", "pretrain.batch_size=1024"]))
+    p = parse_params(compose(["budget=paper", "data=nct8", "model=vit_small_16"]))
+    assert p.pretrain.batch_size == 1024 and p.pretrain.epochs == 100 and p.finetune.optim.lr(p.finetune.batch_size) == pytest.approx(4e-3) and p.finetune.layer_decay == 0.75
     s, m = p.method.sdmae, p.method.mae
     assert s.optim.lr(1024) == pytest.approx(2.4e-3) and s.optim.min_lr == 1e-5 and s.optim.betas == (0.9, 0.999) and s.optim.weight_decay == 0.05
     assert int(s.mask_ratio*p.patches()) == 117 and s.decoder.model_dump() == dict(embed_dim=192, depth=4, num_heads=3)

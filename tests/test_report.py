@@ -55,9 +55,9 @@ def test_collect_reads_our_files_only_and_in_order(tmp_path):
 
 
 def test_leftovers_of_other_runs_are_left_out(tmp_path):
-    for name in ("probe-histogram-0","probe-supervised-1","probe-supervised-2","probe-mae-1","probe-mae-2","probe-moco-1","finetune-random-1"): write_metrics(tmp_path, name)
+    for name in ("probe-histogram-0","probe-histogram-1","probe-supervised-1","probe-supervised-2","probe-mae-1","probe-mae-2","probe-moco-1","finetune-random-1"): write_metrics(tmp_path, name)
     df = tb.collect(tmp_path, methods=["random","mae"], seeds=[1])
-    assert set(zip(df.encoder, df.seed)) == {("histogram",0),("supervised",1),("mae",1)}
+    assert set(zip(df.encoder, df.seed)) == {("histogram",1),("supervised",1),("mae",1)}
     assert set(df[df.encoder == "supervised"].protocol) == {"linear","knn","finetune"} # from scratch: random, fine-tuned
     with pytest.raises(FileNotFoundError, match="no scores"): tb.collect(tmp_path/"x", ["mae"], [1])
     t, p = toy(1.)

@@ -104,3 +104,15 @@ def test_gpu_gives_the_cpu_loss(name):
         ids = build_method(name, PARAMS).draw_mask(8, "cpu", torch.Generator().manual_seed(0))
         losses.append(m.loss_on(x.to(device), *(i.to(device) for i in ids))["loss"].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_views_and_targets_stay_float32_under_autocast():
+    "Mixed precision is for the network: pixels and targets are the same with and without."
+    m, images = build_method("sdmae", PARAMS), Tiles.images[:4]
+    def draw(dtype):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            x = m.views(images); ids = m.draw_mask(4, "cpu")
+            return x, m.target(x, ids[1])
+    for plain, mixed in zip(draw(None), draw(torch.bfloat16)):
+        assert mixed.dtype == torch.float32 and torch.equal(plain, mixed)

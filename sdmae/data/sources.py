@@ -376,12 +376,13 @@ def limit_splits(
 def check_splits(
     records:list[Record], classes:list[str], place
 )->list[str]: # warnings
-    "`ValueError` on an empty split or a class without training tiles; warns of classes that valid or test lacks."
+    "`ValueError` on an empty split, a class without training tiles, or a split of one class; warns of classes that valid or test lacks."
     counts, notes = Counter((r.split, r.label) for r in records), []
     for s in SPLITS:
         lacking = [c for c in classes if not counts[s,c]]
         if len(lacking) == len(classes): raise ValueError(f"{place}: the split {s!r} is empty. Give it tiles; a valid split that is missing is drawn from train by data.valid_fraction, given enough tiles.")
         if lacking and s == "train": raise ValueError(f"{place}: class {lacking[0]!r} has no tile in train. Add some, or name it in data.drop_classes.")
+        if len(lacking) == len(classes) - 1: raise ValueError(f"{place}: the split {s!r} has one class only, scores need two. Add tiles of {', '.join(lacking[:3])}.")
         if lacking: notes.append(f"warning: {s} has no tile of {', '.join(lacking)}")
     return notes
 

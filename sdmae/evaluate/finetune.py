@@ -72,7 +72,7 @@ def fit_classifier(
     store,                  # TileStore
     idx:np.ndarray,         # labelled rows
     params:FinetuneParams,
-    seed:int=0,             # of batches, views and head
+    seed:int=0,             # of batches and views
     precision:torch.dtype|None=None,
     callbacks:tuple=(), checkpoint=None,
     desc:str="fine-tuning"

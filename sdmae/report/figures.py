@@ -123,7 +123,8 @@ def labels_text(
     labels # "all" or a number
 )->str:
     "A number of labels in words."
-    return "all labels" if str(labels) == "all" else f"{labels} labels"
+    if str(labels) == "all": return "all labels"
+    return f"{labels} labels" if float(labels) >= 1 else f"{100*float(labels):g} % of the labels"
 
 # %% ../../nbs/report/figures.ipynb #c020
 def _score_axis(s, guess)->tuple[float, float]:

@@ -60,8 +60,7 @@ def wanted(
     methods=None, seeds=None # of the parameters; None takes all
 )->bool:
     "Does a file belong to the run that the parameters describe?"
-    if encoder == "histogram": return True # no seed, no method
-    return (methods is None or encoder in (*methods, "supervised")) and (seeds is None or seed in seeds)
+    return (methods is None or encoder in (*methods, "supervised", "histogram")) and (seeds is None or seed in seeds)
 
 # %% ../../nbs/report/tables.ipynb #c011
 METRICS_FILE = re.compile(r"(probe|finetune)-(.+)-(\d+)\.json")

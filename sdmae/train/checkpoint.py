@@ -43,9 +43,9 @@ def load_checkpoint(path:Path, trainer):
         state = torch.load(path, map_location="cpu", weights_only=True)
         trainer.model.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
+        set_rng_state(state["rng"])
     except Exception as e: raise ValueError(f"{path} cannot be resumed ({type(e).__name__}: {str(e)[:200]}): delete it to start again") from e
     trainer.step, trainer.history, trainer.sums = state["step"], state["history"], state["sums"]
-    set_rng_state(state["rng"])
 
 # %% ../../nbs/train/checkpoint.ipynb #c010
 def fingerprint(

@@ -61,15 +61,15 @@ class Batches:
         targets:bool=False  # batches are (images, targets) instead of (images,)
     ):
         self.store, self.idx, self.seed, self.with_targets = store, np.asarray(idx), seed, targets
-        self.batch_size = min(batch_size, len(self.idx))
+        self.batch_size, self.order = min(batch_size, len(self.idx)), None
         if not len(self.idx): raise ValueError("no tiles to train on: the split is empty")
 
     def __len__(self): return len(self.idx) // self.batch_size
 
     def rows(self, epoch:int, i:int)->np.ndarray: # rows of batch i
         "The rows of one batch."
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.idx)
-        return order[i*self.batch_size:(i+1)*self.batch_size]
+        if self.order is None or self.order[0] != epoch: self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.idx)
+        return self.order[1][i*self.batch_size:(i+1)*self.batch_size]
 
     def batch(self, epoch:int, i:int)->tuple:
         "One batch, on the store's device."

@@ -66,7 +66,7 @@ class Watch(Callback):
 
 # %% ../../nbs/train/monitor.ipynb #c015
 class Reconstructions(Callback):
-    "Keeps reconstructions of fixed tiles at the first epoch, every few epochs and at the end."
+    "Keeps reconstructions of fixed tiles at the first epoch, every few epochs and at the end; a resumed run keeps those since then."
     def __init__(self,
         every:int,           # epochs
         images:Tensor        # (n, 3, H, W) uint8 on the run's device
@@ -74,7 +74,11 @@ class Reconstructions(Callback):
 
     def after_epoch(self, trainer):
         epoch = trainer.history[-1]["epoch"]
-        if epoch % self.every and epoch not in (1, trainer.epochs): return
+        if epoch == 1 or epoch % self.every == 0: self.take(trainer, epoch)
+
+    def after_fit(self, trainer): self.take(trainer, trainer.epochs)
+
+    def take(self, trainer, epoch):
         trainer.model.eval()
         parts = trainer.model.reconstruct(self.images)
         self.pictures[epoch] = {k: to_uint8(v) for k, v in parts.items()}

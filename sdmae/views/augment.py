@@ -59,4 +59,4 @@ class Views(nn.Module):
     def forward(self,
         images:Tensor # (B, 3, H, W) uint8
     )->Tensor:        # (B, 3, image_size, image_size) in [0, 1]
-        return self.colour(self.geometry(to_unit(images)))
+        with torch.autocast(images.device.type, enabled=False): return self.colour(self.geometry(to_unit(images)))
