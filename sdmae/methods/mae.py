@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from ..params import MaskedParams, ModelParams
 from ..views.augment import Views, normalize, to_unit
 from ..models.vit import build_encoder
-from ..models.decoders import Decoder, split_tokens, pixel_target, denormalize, paste
+from ..models.decoders import Decoder, split_tokens, pixel_target, denormalize, paste, structure_r2
 
 # %% ../../nbs/methods/mae.ipynb #c005
 class MaskedAutoencoder(nn.Module):
@@ -77,10 +77,10 @@ def widen(x:Tensor)->Tensor:
 def loss_on(self:MaskedAutoencoder,
     x:Tensor,       # (B, 3, H, W) in [0, 1]
     visible:Tensor, masked:Tensor
-)->dict:            # "loss" first; all parts are scalars
+)->dict:            # "loss", and "structure_r2" to watch: scalars
     "Mean squared error over the masked patches."
-    out = self.forward_masked(x, visible, masked)
-    return dict(loss=(widen(out["pred"]) - self.target(x, masked)).square().mean())
+    pred, target = widen(self.forward_masked(x, visible, masked)["pred"]), self.target(x, masked)
+    return dict(loss=(pred - target).square().mean(), structure_r2=structure_r2(pred, target))
 
 @patch
 def forward(self:MaskedAutoencoder,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from ..params import SDMAEParams, ModelParams
 from ..models.heads import DistillHead
-from ..models.decoders import pixel_target, denormalize
+from ..models.decoders import pixel_target, denormalize, structure_r2
 from .mae import MaskedAutoencoder, widen
 
 # %% ../../nbs/methods/sdmae.ipynb #c005
@@ -88,13 +88,14 @@ def update_center(self:SDMAE,
 def loss_on(self:SDMAE,
     x:Tensor,       # (B, 3, H, W) in [0, 1]
     visible:Tensor, masked:Tensor
-)->dict:            # loss, loss_mse, loss_distill; teacher_entropy and kl in nats, center_norm
+)->dict:            # loss, loss_mse, loss_distill; teacher_entropy and kl in nats, center_norm, structure_r2
     "L = p·L_sd + (1 − p)·L_mse; moves the centre after the loss."
     c, out = self.params, self.forward_masked(x, visible, masked)
-    mse = (widen(out["pred"]) - self.target(x, masked)).square().mean()
+    pred, target = widen(out["pred"]), self.target(x, masked)
+    mse = (pred - target).square().mean()
     student, teacher = self.views_of_visible(out["encoded"], out["decoded"], visible.shape[1])
     sd, probs = distill_loss(student, teacher, self.center, c.student_temp, c.teacher_temp)
     self.update_center(teacher, probs)
     entropy = -(probs * probs.clamp(min=1e-12).log()).sum(-1).mean()
     return dict(loss=c.loss_weight*sd + (1-c.loss_weight)*mse, loss_mse=mse, loss_distill=sd,
-                teacher_entropy=entropy.detach(), kl=(sd - entropy).detach(), center_norm=self.center.norm())
+                teacher_entropy=entropy.detach(), kl=(sd - entropy).detach(), center_norm=self.center.norm(), structure_r2=structure_r2(pred, target))
