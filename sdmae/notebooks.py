@@ -167,6 +167,7 @@ def run(
     parameters = check_parameters(nb, parameters or {}, path.name)
     partial = root/"build"/"failed"/"-".join(out.parts[-3:])
     partial.parent.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # waiting threads that spin bring training to a crawl where another program has the cores
     try: papermill.execute_notebook(path, partial, parameters, cwd=root, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, **KERNEL)
     except KeyboardInterrupt: raise
     except Exception as e: raise NotebookFailed(f"{why(e, path.name)}\nThe notebook as far as it came: {partial.relative_to(root)}. Earlier results that DVC took away come back with `dvc checkout`.") from e
