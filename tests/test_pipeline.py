@@ -191,7 +191,7 @@ def test_code_of_a_pipeline_notebook_reruns_its_stages(work):
     (dict(pretrain__epchs=3), "pretrain.epchs: unknown parameter"),
     (dict(pretrain__epochs="many"), "pretrain.epochs"),
     (dict(model__patch_size=7), "not divisible by model.patch_size 7"),
-    (dict(methods=["mae", "sdmea"]), "sdmea"),
+    (dict(methods=["random", "sdmea"]), "sdmea"),
     (dict(data__path="data/nowhere"), "data/nowhere")])
 def test_a_faulty_parameter_stops_everything(work, changes, message):
     before = contents(work)
