@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['KERNEL', 'read_notebook', 'source', 'write_notebook', 'stripped', 'strip', 'strip_all', 'defaults',
            'check_parameters', 'parse_value', 'NotebookFailed', 'with_prose', 'why', 'run', 'imported', 'modules_of',
-           'loaded', 'imports_of', 'rebase', 'readme', 'html', 'check', 'arguments', 'main']
+           'loaded', 'imports_of', 'rebase', 'readme', 'html', 'check', 'write_methods', 'arguments', 'main']
 
 # %% ../nbs/notebooks.ipynb #c002
-import argparse, ast, difflib, json, os, re, sys
+import argparse, ast, difflib, hashlib, json, os, re, sys
 from pathlib import Path
 from .params import load_params, project_root
 
@@ -167,7 +167,7 @@ def run(
     parameters = check_parameters(nb, parameters or {}, path.name)
     partial = root/"build"/"failed"/"-".join(out.parts[-3:])
     partial.parent.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # waiting threads that spin bring training to a crawl where another program has the cores
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000") # a short spin: threads that wait for ever crawl beside another program, threads that sleep at once cost a third
     try: papermill.execute_notebook(path, partial, parameters, cwd=root, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, **KERNEL)
     except KeyboardInterrupt: raise
     except Exception as e: raise NotebookFailed(f"{why(e, path.name)}\nThe notebook as far as it came: {partial.relative_to(root)}. Earlier results that DVC took away come back with `dvc checkout`.") from e
@@ -281,6 +281,21 @@ def check():
         raise FileNotFoundError(f"data.path {data.path} does not exist: put the archives of {data.name!r} there (README, \"The real sets\"), or fetch the sample with `dvc pull data.dvc`")
 
 # %% ../nbs/notebooks.ipynb #c052
+def write_methods(
+    out:str|Path="build/methods" # folder, from the project's root
+):
+    "One JSON a listed method or variant: its parameters, and a hash of each module that it loads."
+    root, p = project_root(), load_params()
+    for name in p.methods:
+        method, section = p.method.of(name), p.method.section(name).model_dump()
+        weights = root/section["weights"] if "weights" in section else None
+        read = [] if not weights else [weights] if weights.is_file() else sorted(weights.glob("*.safetensors")) + sorted(weights.glob("config.json"))
+        hashed = [root/o for o in loaded({f"sdmae.methods.{method}"}, root)] + read
+        made = dict(method=method, section=section, files={str(o.relative_to(root) if o.is_relative_to(root) else o): hashlib.sha256(o.read_bytes()).hexdigest() for o in hashed})
+        (root/out).mkdir(parents=True, exist_ok=True)
+        (root/out/f"{name}.json").write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
+
+# %% ../nbs/notebooks.ipynb #c054
 def arguments():
     "The command line's grammar."
     parser = argparse.ArgumentParser(prog="python -m sdmae.notebooks", description="Run, strip and publish the project's notebooks.")
@@ -290,13 +305,14 @@ def arguments():
         for o in names: p.add_argument(o)
         return p
     add("check", "refuse a params.yaml with a fault")
+    add("methods", "what each listed method is made of, a file each", "out")
     add("strip", "stripped copies of a folder's notebooks", "src", "dst").add_argument("--prose", action="append", default=[], metavar="STEM")
     add("run", "run a notebook", "notebook", "out").add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME","VALUE"))
     add("readme", "write README.md from nbs/index.ipynb")
     add("html", "an executed notebook as a page", "notebook", "out").add_argument("--code", action="store_true")
     return parser
 
-# %% ../nbs/notebooks.ipynb #c054
+# %% ../nbs/notebooks.ipynb #c056
 def main(
     args:list[str]=None # by default the command line
 )->int:                 # exit code
@@ -304,6 +320,7 @@ def main(
     a = arguments().parse_args(args)
     try:
         if   a.command == "check":  check()
+        elif a.command == "methods": write_methods(a.out)
         elif a.command == "strip":  strip_all(a.src, a.dst, a.prose)
         elif a.command == "run":    run(a.notebook, a.out, {k: parse_value(v) for k, v in a.parameters})
         elif a.command == "readme": (project_root()/"README.md").write_text(readme(), encoding="utf8")
@@ -316,5 +333,5 @@ def main(
         return 130
     return 0
 
-# %% ../nbs/notebooks.ipynb #c055
+# %% ../nbs/notebooks.ipynb #c057
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main()) # a notebook has no file

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['Labels', 'project_root', 'Section', 'DataParams', 'ModelParams', 'ViewParams', 'OptimParams', 'DecoderParams',
-           'EncoderForm', 'RandomParams', 'MaskedParams', 'MAEParams', 'HeadParams', 'SDMAEParams', 'MethodsParams',
-           'PretrainParams', 'ProbeParams', 'FinetuneParams', 'ReportParams', 'Params', 'check_patches', 'check_method',
-           'explain', 'parse_params', 'load_params', 'compose', 'edited']
+           'EncoderForm', 'RandomParams', 'ImportedParams', 'MaskedParams', 'MAEParams', 'HeadParams', 'SDMAEParams',
+           'merged', 'flat', 'MethodsParams', 'PretrainParams', 'ProbeParams', 'FinetuneParams', 'SegmentParams',
+           'ReportParams', 'Params', 'check_patches', 'check_method', 'check_protocol', 'check_segment', 'explain',
+           'parse_params', 'load_params', 'compose', 'edited']
 
 # %% ../nbs/params.ipynb #c002
 from pathlib import Path
 from typing import Annotated, Literal
 import yaml
+from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # %% ../nbs/params.ipynb #c005
@@ -50,6 +52,7 @@ class ModelParams(Section):
     depth:int = Field(ge=1)                 # blocks
     num_heads:int = Field(ge=1)
     mlp_ratio:float = Field(4., gt=0)
+    image_size:int|None = Field(None, ge=8) # px that the network sees; None: the prepared tile's
 
     @model_validator(mode="after")
     def _heads(self):
@@ -67,6 +70,7 @@ class ViewParams(Section):
     rot90:bool = False                                          # quarter turns: tissue has no up
     od_jitter:float = Field(0., ge=0)                           # optical density × (1 ± s) and + (± s/4), per channel
     color_jitter:float = Field(0., ge=0, le=1)                  # brightness, contrast, saturation × (1 ± s)
+    rand_augment:str|None = Field(None, pattern=r"^rand(-[a-z]+[0-9.]+)+$") # timm's RandAugment, "rand-m9-mstd0.5-inc1"; takes color_jitter's place
     erasing:float = Field(0., ge=0, le=1)                       # probability of random erasing
 
     @model_validator(mode="after")
@@ -78,10 +82,12 @@ class ViewParams(Section):
 
 # %% ../nbs/params.ipynb #c016
 class OptimParams(Section):
-    "AdamW with linear warm-up and cosine decay."
+    "An optimiser with linear warm-up and cosine decay."
+    name:Literal["adamw","sgd","lars"] = "adamw"    # LARS as in MAE's linear probe
     base_lr:float = Field(gt=0)                     # per 256 images
     min_lr:float = Field(0., ge=0)                  # reached at the end
-    betas:tuple[float,float] = (0.9, 0.95)
+    betas:tuple[float,float] = (0.9, 0.95)          # of AdamW
+    momentum:float = Field(0.9, ge=0, lt=1)         # of SGD and LARS
     weight_decay:float = Field(0.05, ge=0)          # not on biases, norms and positions
     warmup:float = Field(0.05, ge=0, lt=1)          # share of all steps
 
@@ -114,6 +120,11 @@ class RandomParams(EncoderForm):
     "An encoder as initialised: the null that every method has to beat."
 
 # %% ../nbs/params.ipynb #c022
+class ImportedParams(EncoderForm):
+    "Weights from elsewhere: they take part in the comparison as they are."
+    weights:str             # folder written by the import, a checkpoint file, or a name that timm knows
+
+# %% ../nbs/params.ipynb #c023
 class MaskedParams(EncoderForm):
     "What every masked autoencoder has."
     mask_ratio:float = Field(0.75, gt=0, lt=1)              # share of tokens hidden from the encoder
@@ -122,19 +133,19 @@ class MaskedParams(EncoderForm):
     optim:OptimParams
     views:ViewParams = ViewParams()
 
-# %% ../nbs/params.ipynb #c023
+# %% ../nbs/params.ipynb #c024
 class MAEParams(MaskedParams):
     "Masked autoencoder (He et al. 2022), as in facebookresearch/mae."
     class_token:bool = True
 
-# %% ../nbs/params.ipynb #c024
+# %% ../nbs/params.ipynb #c025
 class HeadParams(Section):
     "The two distillation heads of SD-MAE."
     hidden_dim:int = Field(2048, ge=1)
     bottleneck_dim:int = Field(256, ge=1)
     out_dim:int = Field(4096, ge=2)             # prototypes
 
-# %% ../nbs/params.ipynb #c025
+# %% ../nbs/params.ipynb #c026
 class SDMAEParams(MaskedParams):
     "Self-distillation augmented MAE (Luo et al. 2023); defaults are the authors' release."
     pos_embed:Literal["sincos1d","sincos2d"] = "sincos1d"
@@ -149,14 +160,70 @@ class SDMAEParams(MaskedParams):
     detach_teacher:bool = False                         # False as released, True as DINO
     distill:Literal["mean","token"] = "mean"            # one vector per image (as released) or per visible token
 
-# %% ../nbs/params.ipynb #c026
+# %% ../nbs/params.ipynb #c028
+def merged(
+    base:dict,
+    changes:dict # nested; its values win
+)->dict:
+    "Two nested dicts in one."
+    both = {k: merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in changes.items()}
+    return {**base, **both}
+
+def flat(
+    nested:dict,
+    prefix:str=""
+)->dict: # "views.scale" → value
+    "Leaves of a nested dict by their dotted path."
+    leaves = {}
+    for k, v in nested.items(): leaves |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    return leaves
+
+# %% ../nbs/params.ipynb #c029
 class MethodsParams(Section):
-    "One section a method; a method that does not run needs no section."
+    "One section a method, and any number of variants; a method that does not run needs no section."
+    model_config = ConfigDict(extra="allow", frozen=True)
     random:RandomParams = RandomParams()
+    imported:ImportedParams|None = None
     mae:MAEParams|None = None
     sdmae:SDMAEParams|None = None
 
-# %% ../nbs/params.ipynb #c028
+    @model_validator(mode="after")
+    def _variants(self):
+        for name in self.model_extra: self.section(name)
+        return self
+
+# %% ../nbs/params.ipynb #c030
+@patch
+def of(self:MethodsParams,
+    name:str   # of a section
+)->str:        # the method behind it
+    "The method that a section belongs to: for a variant that which `of` names. Raises `ValueError` for an unknown name."
+    if name in MethodsParams.model_fields: return name
+    extra = (self.model_extra or {}).get(name)
+    if not isinstance(extra, dict) or "of" not in extra:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(MethodsParams.model_fields)}. A variant is a section that says which method it is of: {name}: {{of: sdmae, …}}")
+    if extra["of"] not in MethodsParams.model_fields: raise ValueError(f"{name}.of: {extra['of']!r} is no method; known: {', '.join(MethodsParams.model_fields)}")
+    return extra["of"]
+
+@patch
+def changes(self:MethodsParams, name:str)->dict: # dotted name → value, empty for a plain method
+    "What a variant changes."
+    return flat({k: v for k, v in (self.model_extra or {}).get(name, {}).items() if k != "of"})
+
+# %% ../nbs/params.ipynb #c031
+@patch
+def section(self:MethodsParams,
+    name:str
+)->EncoderForm|None: # None for a method without a section
+    "The parameters of a method or variant. Raises `ValueError` naming what does not fit."
+    base = getattr(self, self.of(name))
+    if name in MethodsParams.model_fields: return base
+    if base is None: raise ValueError(f"{name} is a variant of {self.of(name)}, which has no section")
+    changes = {k: v for k, v in self.model_extra[name].items() if k != "of"}
+    try: return type(base).model_validate(merged(base.model_dump(), changes))
+    except ValidationError as e: raise ValueError("; ".join(f"{name}.{fault}" for fault in explain(e))) from None
+
+# %% ../nbs/params.ipynb #c033
 class PretrainParams(Section):
     "Budget of pre-training, the same for every method."
     epochs:int = Field(ge=1)
@@ -170,22 +237,28 @@ class PretrainParams(Section):
         if self.batch_size % self.accumulate: raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
         return self
 
-# %% ../nbs/params.ipynb #c029
+# %% ../nbs/params.ipynb #c034
 Labels = Annotated[int, Field(ge=2)]|Annotated[float, Field(gt=0, lt=1)]|Literal["all"] # images, a share below 1, or all
 
 class ProbeParams(Section):
     "Frozen features: k-nearest neighbours and logistic regression."
     labels:list[Labels] = Field(["all"], min_length=1)
-    neighbours:list[Annotated[int, Field(ge=1)]] = Field([1, 5, 10, 20, 50], min_length=1)  # k, chosen on validation
-    C:list[Annotated[float, Field(gt=0)]] = Field([1e-4, 1e-3, 1e-2, 1e-1, 1., 10., 100.], min_length=1) # inverse regularisation, chosen on validation
+    subsets:int = Field(1, ge=1)                        # random draws of each number of labels
+    crop:float = Field(1., gt=0, le=1)                  # central share of a tile's side that is looked at
+    neighbours:list[Annotated[int, Field(ge=1)]] = Field([1, 5, 10, 20, 50], min_length=1)  # k, chosen on validation; among few labels by cross-validation
+    C:list[Annotated[float, Field(gt=0)]] = Field([1e-4, 1e-3, 1e-2, 1e-1, 1., 10., 100.], min_length=1) # inverse regularisation, chosen likewise
 
-# %% ../nbs/params.ipynb #c030
+# %% ../nbs/params.ipynb #c035
 class FinetuneParams(Section):
     "End-to-end fine-tuning, and supervised training from scratch."
     labels:list[Labels] = Field(["all"], min_length=1)
+    subsets:int = Field(1, ge=1)                        # random draws of each number of labels
+    frozen:bool = False                                 # only the head learns: LayerNorm, BatchNorm without affine, linear
+    pool:Literal["mean","token"] = "mean"               # of the patch tokens, or the class token
     epochs:int = Field(ge=1)                            # passes over all labels of the training split
     min_steps:int = Field(0, ge=0)                      # at least so many optimiser steps, where labels are few
     batch_size:int = Field(ge=2)
+    accumulate:int = Field(1, ge=1)                     # equal parts a batch is split into
     optim:OptimParams
     layer_decay:float = Field(0.75, gt=0, le=1)         # learning rate of a block over that of the next
     drop_path:float = Field(0., ge=0, lt=1)
@@ -193,14 +266,34 @@ class FinetuneParams(Section):
     mixup:float = Field(0., ge=0)                       # alpha of the Beta law; 0 is off
     cutmix:float = Field(0., ge=0)
     views:ViewParams = ViewParams()
+    crop:float = Field(1., gt=0, le=1)                  # central share of a tile's side for predictions; 224 of 256 is 0.875
 
-# %% ../nbs/params.ipynb #c031
+# %% ../nbs/params.ipynb #c036
+class SegmentParams(Section):
+    "Segmentation of nuclei: UPerNet on the encoder, as in SD-MAE's release."
+    encoders:list[str] = []                             # whose encoders are used; empty: the stage does not run
+    name:str = "nuclei"                                 # shown in tables
+    path:str = "data/nuclei.zip"                        # folder or zip of images/ and masks/ (or labels/)
+    group:str = r"^([^_]+)_"                            # regular expression: its first group in a file's name is the slide
+    test_fraction:float = Field(0.3, gt=0, lt=1)        # of the slides
+    image_size:int = Field(512, ge=8)                   # px of training crops and of the window
+    stride:int = Field(341, ge=1)                       # of the window, px
+    steps:int = Field(20000, ge=1)
+    batch_size:int = Field(12, ge=2)
+    optim:OptimParams = OptimParams(base_lr=4e-4*256/12, betas=(0.9, 0.999)) # 4e-4 at 12 images
+    layer_decay:float = Field(0.65, gt=0, le=1)
+    blocks:list[int] = Field([3, 5, 7, 11], min_length=4, max_length=4) # 0-based, whose tokens feed the decoder
+    channels:int = Field(256, ge=8)                     # of the decoder
+    aux_weight:float = Field(0.4, ge=0)                 # of the auxiliary head's loss
+    views:ViewParams = ViewParams(scale=(0.25, 1.), interpolation="bilinear", vflip=True, rot90=True)
+
+# %% ../nbs/params.ipynb #c037
 class ReportParams(Section):
     "Statistics of the report."
     bootstrap:int = Field(1000, ge=10)      # draws of the paired comparison
     tsne_tiles:int = Field(1000, ge=10)     # test tiles drawn, at most
 
-# %% ../nbs/params.ipynb #c033
+# %% ../nbs/params.ipynb #c039
 class Params(Section):
     "The whole of `params.yaml`."
     data:DataParams
@@ -210,32 +303,45 @@ class Params(Section):
     method:MethodsParams
     pretrain:PretrainParams
     probe:ProbeParams = ProbeParams()
+    protocols:list[Literal["finetune","linear_sgd"]] = ["finetune"] # ways of training on labels, each a section
     finetune:FinetuneParams
+    linear_sgd:FinetuneParams|None = None                           # the linear probe as released
+    segment:SegmentParams = SegmentParams()
     report:ReportParams = ReportParams()
     device:str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")  # "auto": CUDA when there is one
     precision:Literal["auto","float32","bfloat16"] = "auto" # "auto": bfloat16 where the device is built for it
 
+    @property
+    def image_size(self)->int: # px
+        "Side of what the network sees."
+        return self.model.image_size or self.data.image_size
+
     def patches(self)->int: # tokens of an image, without the class token
-        "Number of patches of a prepared tile."
-        return (self.data.image_size // self.model.patch_size)**2
+        "Number of patches of an image."
+        return (self.image_size // self.model.patch_size)**2
 
     @model_validator(mode="after")
     def _check(self):
         check_patches(self)
         if "random" not in self.methods: raise ValueError("methods must list random: it is the null, and supervised training starts from it")
+        if "finetune" not in self.protocols: raise ValueError("protocols must list finetune: supervised training from scratch is its null")
         for name in self.methods: check_method(self, name)
+        for name in self.protocols: check_protocol(self, name)
+        check_segment(self)
         return self
 
-# %% ../nbs/params.ipynb #c034
+# %% ../nbs/params.ipynb #c040
 def check_patches(p):
     "Raises `ValueError` where patches do not tile the image."
-    if p.data.image_size % p.model.patch_size:
-        raise ValueError(f"data.image_size {p.data.image_size} is not divisible by model.patch_size {p.model.patch_size}: change one of them")
+    if p.image_size % p.model.patch_size:
+        which = "model.image_size" if p.model.image_size else "data.image_size"
+        raise ValueError(f"{which} {p.image_size} is not divisible by model.patch_size {p.model.patch_size}: change one of them")
 
 def check_method(p, name):
     "Raises `ValueError` where a listed method has no section, or a mask leaves no visible or no masked token."
-    section = getattr(p.method, name, None)
-    if section is None: raise ValueError(f"methods lists {name!r}, but there is no section method.{name}; known: {', '.join(MethodsParams.model_fields)}")
+    try: section = p.method.section(name)
+    except ValueError as e: raise ValueError(f"methods: {e}") from None
+    if section is None: raise ValueError(f"methods lists {name!r}, but there is no section method.{name}")
     ratio = getattr(section, "mask_ratio", None)
     n = p.patches()
     if ratio is not None and not (int(ratio*n) >= 1 and int((1-ratio)*n) >= 1):
@@ -244,7 +350,27 @@ def check_method(p, name):
     if section.pos_embed == "sincos2d" and any(w % 4 for w in widths):
         raise ValueError(f"method.{name}.pos_embed sincos2d needs widths divisible by 4, got {widths}")
 
-# %% ../nbs/params.ipynb #c036
+# %% ../nbs/params.ipynb #c041
+def check_protocol(p, name):
+    "Raises `ValueError` where a listed protocol has no section, asks for a class token that an encoder lacks, or splits a batch unevenly."
+    section = getattr(p, name)
+    if section is None: raise ValueError(f"protocols lists {name!r}, but there is no section {name}")
+    if section.batch_size % section.accumulate: raise ValueError(f"{name}.batch_size {section.batch_size} is not divisible by {name}.accumulate {section.accumulate}")
+    lacking = [m for m in p.methods if not p.method.section(m).class_token]
+    if section.pool == "token" and lacking: raise ValueError(f"{name}.pool token: {', '.join(lacking)} has no class token; use pool: mean")
+
+def check_segment(p):
+    "Raises `ValueError` where segmentation is asked for and cannot be."
+    s = p.segment
+    if not s.encoders: return
+    if unknown := [e for e in s.encoders if e not in p.methods]: raise ValueError(f"segment.encoders lists {unknown[0]!r}, which methods does not")
+    if bad := [b for b in s.blocks if not 0 <= b < p.model.depth]: raise ValueError(f"segment.blocks: there is no block {bad[0]} in an encoder of {p.model.depth} blocks (0 to {p.model.depth-1})")
+    if sorted(set(s.blocks)) != s.blocks: raise ValueError(f"segment.blocks must rise, got {s.blocks}")
+    if s.image_size % p.model.patch_size: raise ValueError(f"segment.image_size {s.image_size} is not divisible by model.patch_size {p.model.patch_size}")
+    if s.image_size % 32: raise ValueError(f"segment.image_size {s.image_size} is not divisible by 32, the coarsest map of the decoder")
+    if s.stride > s.image_size: raise ValueError(f"segment.stride {s.stride} leaves gaps between windows of {s.image_size} px")
+
+# %% ../nbs/params.ipynb #c043
 def explain(error:ValidationError)->list[str]: # one line a fault
     "The faults of a `params.yaml`, each with the path of its parameter."
     def line(e):
@@ -254,7 +380,7 @@ def explain(error:ValidationError)->list[str]: # one line a fault
         return f"{where}: {e['msg'].removeprefix('Value error, ')}"
     return [line(e) for e in error.errors()]
 
-# %% ../nbs/params.ipynb #c037
+# %% ../nbs/params.ipynb #c044
 def parse_params(
     values:dict,           # nested sections
     where:str="parameters" # named in errors
@@ -264,7 +390,7 @@ def parse_params(
     except ValidationError as e: faults = explain(e)
     raise ValueError(f"{where} cannot be used:\n  " + "\n  ".join(faults) + "\nThe sections and their defaults are described in nbs/params.ipynb.")
 
-# %% ../nbs/params.ipynb #c038
+# %% ../nbs/params.ipynb #c045
 def load_params(
     path:str|Path="params.yaml" # from the project's root, or absolute
 )->Params:
@@ -276,7 +402,7 @@ def load_params(
     if not isinstance(values, dict): raise ValueError(f"{path} holds no sections.")
     return parse_params(values, where=str(path))
 
-# %% ../nbs/params.ipynb #c044
+# %% ../nbs/params.ipynb #c053
 def compose(
     overrides:list[str]=() # as for `dvc exp run -S`: "data=pcam", "pretrain.epochs=5"
 )->dict:
@@ -286,7 +412,7 @@ def compose(
     with initialize_config_dir(str(project_root()/"conf"), version_base=None):
         return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
 
-# %% ../nbs/params.ipynb #c046
+# %% ../nbs/params.ipynb #c055
 def edited(
     path:str|Path="params.yaml"
 )->bool: # True where the file is not the plain composition of `conf/`

@@ -7,16 +7,17 @@ import pytest
 import torch
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from sdmae.evaluate.features import colour_histogram, extract
-from sdmae.evaluate.knn import fit_knn, knn_probabilities
+from sdmae.evaluate.knn import fit_knn, folds, held_out_scores, knn_probabilities
 from sdmae.evaluate.linear import fit_linear, path_of_fits
-from sdmae.evaluate.statistics import (METRICS, WeightedScores, bootstrap, confusion, draw_scores, draw_weights,
-                                       paired_bootstrap, scores)
+from sdmae.evaluate.statistics import (METRICS, WeightedScores, affordable_draws, bootstrap, bootstrap_units, confusion, draw_scores,
+                                       draw_weights, paired_bootstrap, scores)
 
 
 def predictions(n, c, skill=1.5, decimals=None, seed=0):
@@ -172,13 +173,106 @@ def test_bad_groups_are_named(groups, message):
     with pytest.raises(ValueError, match=message): bootstrap(t, p, groups=groups)
 
 
-# kNN
+def test_a_single_slide_is_told_before_anything_is_drawn():
+    t, p = predictions(50, 2)
+    groups, words = bootstrap_units(np.array(["s"]*50))
+    assert groups is None and "all of one patient or slide" in words
+    assert bootstrap(t, p, groups, n=20) == bootstrap(t, p, n=20)
+    two = np.array(["s","t"]*25)
+    assert (bootstrap_units(two)[0] == two).all() and bootstrap_units(two)[1].startswith("2 patients or slides")
+    assert bootstrap_units(None) == (None, "test tiles")
+
+
+def test_many_runs_have_fewer_draws(monkeypatch):
+    import sdmae.evaluate.statistics as st
+    seen = []
+    monkeypatch.setattr(st, "draw_weights", lambda n, draws, *a: (seen.append(draws), iter([np.ones((n, draws))]))[1])
+    t, p = predictions(40, 3)
+    bootstrap(t, p, n=1000); bootstrap(t, [p]*30, n=1000); paired_bootstrap(t, [p]*20, [p]*50, n=1000); bootstrap(t, [p]*300, n=1000)
+    assert seen == [1000, 333, 200, 200] == [affordable_draws(1000, r) for r in (1, 30, 50, 300)]
+    assert all(affordable_draws(n, r)*r <= max(10_000, 200*r) and affordable_draws(n, r) <= n for n in (10, 500, 1000) for r in range(1, 60))
+
+
+# choosing within the labelled tiles
 
 def blobs(n, c=3, d=16, noise=1.5, seed=0):
     rng = np.random.default_rng(seed)
     y = np.r_[np.arange(c), rng.integers(0, c, n-c)]
     return np.random.default_rng(99).normal(size=(c, d))[y] + noise*rng.normal(size=(n, d)), y
 
+
+@pytest.mark.parametrize("counts", [(11,)*9, (40,3,1), (2,2), (5,4,3,2,1), (1,1,2,6), (300,1,2)])
+def test_folds_hold_out_each_tile_once_and_miss_no_class_in_training(counts):
+    y = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    splits = folds(y)
+    times = np.bincount(np.concatenate([held for _, held in splits]), minlength=len(y))
+    assert (times == (np.array(counts)[y] > 1)).all(), "each tile once; of a class with a single tile never"
+    assert len(splits) == min(5, max(counts))
+    for train, held in splits:
+        assert set(y[train]) == set(range(len(counts))) and sorted([*train, *held]) == list(range(len(y))) and len(held)
+    for c, n in enumerate(counts):
+        assert sum(c in y[held] for _, held in splits) == (min(n, len(splits)) if n > 1 else 0)
+
+
+def test_folds_are_sklearns_where_no_class_is_rare():
+    y = blobs(97)[1]
+    want = StratifiedKFold(5, shuffle=True, random_state=3).split(y, y)
+    for (train, held), (a, b) in zip(folds(y, seed=3), want, strict=True): assert (train == a).all() and (held == b).all()
+    assert [held.tolist() for _, held in folds(y)] == [held.tolist() for _, held in folds(y)]
+
+
+@pytest.mark.parametrize("n, number", [(1000, 5), (2500, 4), (5000, 2), (10_000, 1)])
+def test_enough_is_held_out_and_no_more(n, number):
+    splits = folds(np.arange(n) % 9)
+    assert len(splits) == number
+    assert sum(len(held) for _, held in splits) >= min(n, 2000) > sum(len(held) for _, held in splits[:-1])
+
+
+def test_nothing_to_hold_out_means_nothing_to_compare():
+    for y in ([0,1,2], [0,0,0,1,2], [0,0]): assert folds(y) == [] and held_out_scores(np.eye(len(y)), np.array(y), None) is None
+    x, y = blobs(3)
+    knn, linear = fit_knn(x, y, None, None, 3), fit_linear(x, y, None, None, 3, C=[1., .1])
+    assert (knn.k, linear.C) == (1, .1) and {c["balanced_accuracy"] for c in knn.curve + linear.curve} == {None}
+    assert fit_knn(*blobs(3), None, None, 3, neighbours=(1, 2, 3)).k == 3, "the rule of ties: the smoother"
+    json.dumps(knn.curve, allow_nan=False)
+
+
+def test_C_by_cross_validation_is_sklearns():
+    x, y = blobs(120, d=64, noise=2.5)
+    grid = [1e-4, 1e-3, 1e-2, 1.]
+    probe = fit_linear(x, y, None, None, 3, C=grid)
+    splits = folds(y)
+    for c in probe.curve:
+        cold = make_pipeline(StandardScaler(), LogisticRegression(C=c["C"], max_iter=1000))
+        assert c["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(y, cross_val_predict(cold, x, y, cv=splits)), abs=.009) # a tile may flip
+    assert probe.C == max(probe.curve, key=lambda c: c["balanced_accuracy"])["C"] and len({c["balanced_accuracy"] for c in probe.curve}) > 1
+    whole = make_pipeline(StandardScaler(), LogisticRegression(C=probe.C, max_iter=1000)).fit(x, y)
+    assert np.allclose(probe.predict_proba(x), whole.predict_proba(x), atol=5e-3), "the fit is on every labelled tile"
+
+
+def test_k_by_cross_validation_is_sklearns():
+    x, y = blobs(100, noise=2.5)
+    fitted = fit_knn(x, y, None, None, 3, neighbours=(1, 5, 20, 90))
+    for c in fitted.curve:
+        guess = np.empty(100, int)
+        for train, held in folds(y): # 90 neighbours are more than a fold has: all of it
+            one = KNeighborsClassifier(min(c["k"], len(train)), metric="cosine", algorithm="brute", weights=lambda d: np.exp((1-d)/.07)).fit(x[train], y[train])
+            guess[held] = one.predict(x[held])
+        assert c["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(y, guess))
+    assert fitted.k == max(fitted.curve, key=lambda c: (c["balanced_accuracy"], c["k"]))["k"] and len(fitted.train_x) == 100
+
+
+def test_labels_that_were_not_promised_are_not_used():
+    "With few labels the choice does not depend on any other tile: not on validation, which is not even given."
+    x, y = blobs(60); v, vy = blobs(200, seed=5)
+    alone = fit_linear(x, y, None, None, 3)
+    assert alone.curve != fit_linear(x, y, v, vy, 3).curve
+    with pytest.raises(ValueError, match="valid: features"): fit_linear(x, y, v, None, 3)
+    for fit in (fit_knn, fit_linear):
+        with pytest.raises(ValueError, match=r"train: no tile of class \[1\]"): fit(x[y != 1], y[y != 1], None, None, 3)
+
+
+# kNN
 
 @pytest.mark.parametrize("k", [1, 7, 300])
 @pytest.mark.parametrize("temperature", [.07, 1.])
@@ -271,6 +365,7 @@ class Tiles:
 
 
 class Net(nn.Module):
+    image_size = 16
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
@@ -288,6 +383,14 @@ def test_extract_is_the_encoder_on_normalised_images_in_order():
     assert net.training and net.drop.training and next(net.parameters()).requires_grad
     half = extract(net, store, idx, mean, std, "cpu", amp=torch.bfloat16)
     assert half.dtype == np.float32 and np.allclose(half, want, atol=.05) and not np.array_equal(half, want.astype(np.float32))
+
+
+def test_extract_looks_at_the_centre_where_asked():
+    store, net = Tiles(3), Net().eval()
+    store.tiles[:, 4:12, 4:12] = (50, 100, 200)
+    want = np.array([50, 100, 200])/255 @ net.map.weight.detach().numpy().T + net.map.bias.detach().numpy()
+    assert np.allclose(extract(net, store, [0,1,2], [0.]*3, [1.]*3, "cpu", crop=.5), want, atol=1e-3)
+    assert not np.allclose(extract(net, store, [0,1,2], [0.]*3, [1.]*3, "cpu"), want, atol=1e-2)
 
 
 def test_extract_restores_the_mode_after_an_error():

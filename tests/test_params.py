@@ -32,7 +32,7 @@ def edit(path, value):
     ("method.mae.mask_ratio", 1.0, "method.mae.mask_ratio"),
     ("method.sdmae.center_on", "prob", "method.sdmae.center_on"),
     ("method.sdmae.views.scale", [0.5, 0.2], "scale must rise"),
-    ("methods", ["random", "sdmea"], "methods lists 'sdmea', but there is no section method.sdmea"),
+    ("methods", ["random", "sdmea"], "methods: unknown method 'sdmea'"),
     ("methods", [], "methods"),
     ("data.adapter", "pcamm", "data.adapter"),
     ("device", 3, "device"), ("device", "cdua", "device"),
@@ -64,23 +64,81 @@ def test_files_are_named(tmp_path):
 def test_every_group_composes(group):
     "Each file of a group gives valid parameters, with the model that fits the tiles."
     for file in sorted((CONF/group).glob("*.yaml")):
-        fits = {"nct": ["model=vit_small_16"], "nct8": ["model=vit_small_16"], "vit_small_16": ["data=nct"], "vit_small_8": ["data=pcam"]}
+        fits = {"nct": ["model=vit_small_16"], "nct8": ["model=vit_small_16"], "vit_small_16": ["data=nct"], "vit_small_8": ["data=pcam"], "mae": ["methods=[random,mae]"]}
         parse_params(compose([f"{group}={file.stem}", *fits.get(file.stem, [])]), where=file.name)
-
-
-def test_the_releases_numbers():
-    "The configurations `mae` and `sdmae` hold the authors' numbers; peak rates follow from the batch."
-    p = parse_params(compose(["budget=paper", "data=nct8", "model=vit_small_16"]))
-    assert p.pretrain.batch_size == 1024 and p.pretrain.epochs == 100 and p.finetune.optim.lr(p.finetune.batch_size) == pytest.approx(4e-3) and p.finetune.layer_decay == 0.75
-    s, m = p.method.sdmae, p.method.mae
-    assert s.optim.lr(1024) == pytest.approx(2.4e-3) and s.optim.min_lr == 1e-5 and s.optim.betas == (0.9, 0.999) and s.optim.weight_decay == 0.05
-    assert int(s.mask_ratio*p.patches()) == 117 and s.decoder.model_dump() == dict(embed_dim=192, depth=4, num_heads=3)
-    assert s.head.model_dump() == dict(hidden_dim=2048, bottleneck_dim=256, out_dim=4096)
-    assert (s.loss_weight, s.student_temp, s.teacher_temp, s.center_momentum, s.center_on, s.detach_teacher) == (0.2, 0.1, 0.04, 0.9, "probs", False)
-    assert s.views.scale == (0.08, 1.) and not s.views.hflip
-    assert m.optim.lr(4096) == pytest.approx(2.4e-3) and m.optim.betas == (0.9, 0.95) and m.mask_ratio == 0.75
-    assert m.decoder.model_dump() == dict(embed_dim=512, depth=8, num_heads=16) and m.views.scale == (0.2, 1.) and m.views.hflip
 
 
 def test_params_yaml_is_the_composition_of_conf():
     assert yaml.safe_load((CONF.parent/"params.yaml").read_text()) == compose()
+
+
+# Variants
+
+def test_a_variant_is_its_method_with_changes():
+    values = compose(["experiment=ablation"])
+    m = parse_params(values).method
+    assert m.of("sdmae_dino") == "sdmae" and m.changes("sdmae_decoder4") == {"decoder.depth": 4}
+    assert m.section("sdmae_decoder4").model_dump() == m.sdmae.model_copy(update=dict(decoder=m.sdmae.decoder.model_copy(update=dict(depth=4)))).model_dump()
+
+
+@pytest.mark.parametrize("variant, words", [
+    (dict(of="sdmea"), "v.of: 'sdmea' is no method"), (dict(loss_weight=0.1), "unknown method 'v'"), (dict(of="sdmae", loss_wight=0.1), "v.loss_wight: unknown parameter"),
+    (dict(of="sdmae", loss_weight=2), "v.loss_weight"), (dict(of="sdmae", mask_ratio=0.999), "leaves no visible or no masked token"), (3, "unknown method 'v'")])
+def test_a_faulty_variant_is_named(variant, words):
+    values = edit("method.v", variant)
+    values["methods"] = ["random", "v"]
+    with pytest.raises(ValueError) as e: parse_params(values)
+    assert words in str(e.value)
+
+
+@pytest.mark.parametrize("path, value, words", [
+    ("protocols", ["linear_sgd"], "protocols must list finetune"), ("protocols", ["finetune", "linear_sgd"], "there is no section linear_sgd"),
+    ("finetune.accumulate", 3, "finetune.batch_size 16 is not divisible by finetune.accumulate 3"), ("finetune.pool", "token", "has no class token"),
+    ("segment.encoders", ["sdmea"], "segment.encoders lists 'sdmea'"), ("segment.encoders", ["sdmae"], "segment.blocks: there is no block"),
+    ("finetune.views.rand_augment", "m9", "finetune.views.rand_augment"), ("model.image_size", 60, "model.image_size 60 is not divisible by model.patch_size 8")])
+def test_a_protocol_that_cannot_be_is_named(path, value, words):
+    with pytest.raises(ValueError) as e: parse_params(edit(path, value))
+    assert words in str(e.value)
+
+
+# Recipes of the releases, to the digit
+
+EXPERIMENTS = sorted(p.stem for p in (CONF/"experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("overrides", [[f"experiment={e}"] for e in EXPERIMENTS] + [["labels=fractions"], ["experiment=sdmae_pcam", "labels=fractions"], ["experiment=ablation", "data=pcam64", "budget=hour"]], ids=" ".join)
+def test_every_experiment_composes(overrides): parse_params(compose(overrides))
+
+
+@pytest.mark.parametrize("experiment, data, classes_dropped", [("sdmae_pcam", "pcam", []), ("sdmae_nct", "nct", ["BACK"])])
+def test_sdmae_as_released(experiment, data, classes_dropped):
+    p = parse_params(compose([f"experiment={experiment}"]))
+    s, f, l = p.method.sdmae, p.finetune, p.linear_sgd
+    assert (p.data.adapter, p.data.drop_classes, p.image_size, p.patches()) == (data, classes_dropped, 224, 196)
+    assert (p.model.patch_size, p.model.embed_dim, p.model.depth, p.model.num_heads, p.model.mlp_ratio) == (16, 384, 12, 6, 4)
+    assert (s.decoder.embed_dim, s.decoder.depth, s.decoder.num_heads) == (192, 4, 3)
+    assert int(s.mask_ratio*p.patches()) == 117 and not s.class_token and (s.pos_embed, s.target_norm) == ("sincos1d", "channel")
+    assert (s.head.hidden_dim, s.head.bottleneck_dim, s.head.out_dim) == (2048, 256, 4096)
+    assert (s.loss_weight, s.student_temp, s.teacher_temp, s.center_momentum, s.center_on, s.detach_teacher, s.distill) == (0.2, 0.1, 0.04, 0.9, "probs", False, "mean")
+    # pre-training
+    assert (p.pretrain.epochs, p.pretrain.batch_size, round(s.optim.warmup*p.pretrain.epochs)) == (100, 1024, 5)
+    assert s.optim.lr(p.pretrain.batch_size) == pytest.approx(2.4e-3, rel=1e-12) and (s.optim.min_lr, s.optim.betas, s.optim.weight_decay) == (1e-5, (0.9, 0.999), 0.05)
+    assert (s.views.scale, s.views.hflip, s.views.vflip, s.views.rot90, s.views.od_jitter, s.views.color_jitter) == ((0.08, 1.0), False, False, False, 0, 0)
+    # fine-tuning
+    assert (f.epochs, f.batch_size, f.optim.name, f.optim.lr(f.batch_size)) == (100, 1024, "adamw", pytest.approx(4e-3, rel=1e-12))
+    assert (f.optim.betas, f.optim.weight_decay, f.optim.min_lr, round(f.optim.warmup*f.epochs), f.layer_decay, f.drop_path) == ((0.9, 0.999), 0.05, 1e-6, 5, 0.75, 0.1)
+    assert (f.views.rand_augment, f.views.color_jitter, f.label_smoothing, f.views.erasing, f.mixup, f.cutmix, f.crop) == ("rand-m9-mstd0.5-inc1", 0.4, 0.1, 0.25, 0.8, 1.0, 224/256)
+    # linear probe
+    assert l.frozen and (l.epochs, l.batch_size, l.optim.name, l.optim.momentum, l.optim.weight_decay, round(l.optim.warmup*l.epochs)) == (90, 512, "sgd", 0.9, 0, 10)
+    assert l.optim.lr(l.batch_size) == pytest.approx(0.2, rel=1e-12) and l.views.hflip and not l.views.vflip and l.pool == "mean"
+
+
+def test_mae_as_released():
+    p = parse_params(compose(["experiment=mae_nct"]))
+    m, f, l = p.method.mae, p.finetune, p.linear_sgd
+    assert (int(m.mask_ratio*p.patches()), m.class_token, m.pos_embed, m.target_norm) == (147, True, "sincos2d", "joint")
+    assert (m.decoder.embed_dim, m.decoder.depth, m.decoder.num_heads) == (512, 8, 16)
+    assert (p.pretrain.epochs, p.pretrain.batch_size, round(m.optim.warmup*p.pretrain.epochs), m.optim.betas) == (800, 4096, 40, (0.9, 0.95))
+    assert m.optim.lr(p.pretrain.batch_size) == pytest.approx(2.4e-3, rel=1e-12) and (m.views.scale, m.views.hflip) == ((0.2, 1.0), True)
+    assert f.optim.lr(f.batch_size) == pytest.approx(2e-3, rel=1e-12) and (f.layer_decay, f.drop_path, f.epochs) == (0.65, 0.1, 100)
+    assert (l.optim.name, l.batch_size, l.pool, l.epochs) == ("lars", 16384, "token", 90) and l.optim.lr(l.batch_size) == pytest.approx(6.4, rel=1e-12)

@@ -14,6 +14,7 @@ from sklearn.isotonic import IsotonicRegression
 
 matplotlib.use("agg")
 from sdmae.evaluate.statistics import METRICS, paired_bootstrap, scores
+from sdmae.params import load_params, parse_params
 from sdmae.report import figures as fg
 from sdmae.report import tables as tb
 
@@ -23,7 +24,8 @@ VALUES = dict(accuracy=.9, balanced_accuracy=.8, macro_auc=.95, macro_f1=.7, ece
 def write_metrics(root, name, **change):
     (root/"metrics").mkdir(exist_ok=True, parents=True)
     entry = VALUES | {"intervals": {k: [v-.01, v+.02] for k, v in VALUES.items()}} | change
-    protocols = ("finetune",) if name.startswith("finetune") else ("knn","linear")
+    stage = name.split("-")[0]
+    protocols = ("knn","linear") if stage == "probe" else (stage,)
     (root/"metrics"/f"{name}.json").write_text(json.dumps({p: {"all": entry, "100": entry} for p in protocols}))
 
 
@@ -49,6 +51,7 @@ def test_collect_reads_our_files_only_and_in_order(tmp_path):
     assert len(df) == (4*2 + 1)*2*5
     assert list(dict.fromkeys(df.labels)) == ["100","all"]
     assert list(dict.fromkeys(df.encoder)) == ["random","mae","sdmae"]
+    assert set(df.subset) == {0}
     assert list(df[(df.encoder == "mae") & (df.protocol == "knn") & (df.labels == "all") & (df.metric == "ece")].seed) == [9, 10]
     row = df[df.metric == "macro_auc"].iloc[0]
     assert (row.value, row.low, row.high) == pytest.approx((.95, .94, .97))
@@ -63,7 +66,20 @@ def test_leftovers_of_other_runs_are_left_out(tmp_path):
     t, p = toy(1.)
     write_predictions(tmp_path, "random-1", p, t, stage="finetune", key="finetune_all")
     write_predictions(tmp_path, "mae-7", p, t, index=np.arange(200)+1) # other tiles, but of another run
-    assert set(tb.read_predictions(tmp_path, ["random","mae"], [1]).probabilities) == {("finetune","all","supervised",1)}
+    assert set(tb.read_predictions(tmp_path, ["random","mae"], [1]).files) == {("finetune","all","supervised",1)}
+
+
+def test_protocols_that_are_no_longer_asked_for_are_left_out(tmp_path):
+    for name in ("probe-mae-0","finetune-mae-0","linear_sgd-mae-0","linear_sgd-random-0","segment-mae-0"): write_metrics(tmp_path, name)
+    t, p = toy(1.)
+    write_predictions(tmp_path, "random-0", p, t, stage="linear_sgd", key="linear_sgd_100")
+    write_predictions(tmp_path, "random-0", p, t, stage="segment", key="x")
+    assert set(tb.collect(tmp_path).protocol) == {"linear","linear_sgd","knn","finetune"}
+    assert set(tb.collect(tmp_path, protocols=["finetune"]).protocol) == {"linear","knn","finetune"}
+    sgd = tb.collect(tmp_path).query("protocol == 'linear_sgd'")
+    assert set(sgd.encoder) == {"random","mae"}, "a frozen random encoder is not trained from scratch"
+    assert set(tb.read_predictions(tmp_path).files) == {("linear_sgd","100","random",0)}
+    with pytest.raises(FileNotFoundError): tb.read_predictions(tmp_path, protocols=["finetune"])
 
 
 def test_two_files_for_the_same_are_refused(tmp_path):
@@ -114,9 +130,10 @@ def test_paired_table_is_the_paired_bootstrap(tmp_path):
     for name, p in (("sdmae-0",a),("mae-0",b),("mae-1",c)): write_predictions(tmp_path, name, p, t)
     found = tb.read_predictions(tmp_path)
     table = tb.paired_table(found, n=50, seed=4).set_index("metric")
-    want = paired_bootstrap(t, [a], [b, c], n=50, seed=4)
+    want = paired_bootstrap(t, a, b, n=50, seed=4) # SD-MAE has no seed 1: MAE's has no partner
     for m in METRICS:
         assert tuple(table.loc[m, ["difference","low","high"]]) == pytest.approx(want[m])
+        assert (table.loc[m, "runs"], table.loc[m, "draws"]) == (1, 50) and np.isnan(table.loc[m, "sd"])
         assert table.loc[m, "excludes 0"] == ("yes" if want[m][1] > 0 or want[m][2] < 0 else "no")
     assert table.loc["accuracy","excludes 0"] == "yes"
     same = tb.paired_table(found, "mae", "mae", n=20)
@@ -138,8 +155,8 @@ def test_fewer_labels_and_protocols_are_kept_apart(tmp_path):
     write_predictions(tmp_path, "my-net-3", p, t, key="knn_100")
     write_predictions(tmp_path, "mae-0", p, t, stage="finetune", key="finetune_all")
     found = tb.read_predictions(tmp_path)
-    assert set(found.probabilities) == {("knn","100","my-net",3), ("finetune","all","mae",0)}
-    assert found.seeds("knn", 100, "my-net")[0] == pytest.approx(p) and found.seeds("linear", "all", "mae") == []
+    assert set(found.files) == {("knn","100","my-net",3), ("finetune","all","mae",0)}
+    assert found.runs("knn", 100, "my-net")[3, 0] == pytest.approx(p) and found.runs("linear", "all", "mae") == {}
 
 
 MANIFEST = dict(name="two stains", synthetic=True, classes=["a","b"], image_size=64, counts={"train": {"a": 1200, "b": 34}, "test": {"a": 5, "b": 0}})
@@ -181,18 +198,190 @@ def test_written_tables_all_name_the_data(tmp_path):
     for line in pd.read_csv(paths[1]).data: assert line == facts["data"]
 
 
+# several seeds, subsets of the labels, and variants
+
+VARIANTS = {"sdmae_p0": dict(loss_weight=0.), "sdmae_p08": dict(loss_weight=.8), "sdmae_mask75": dict(mask_ratio=.75), "sdmae_decoder1": dict(decoder=dict(depth=1)),
+            "sdmae_detach": dict(detach_teacher=True), "sdmae_dino": dict(detach_teacher=True, center_on="logits")}
+LABELS = ("0.01","0.3","100","all")
+SEEDS, SUBSETS = (0,1,2), 2
+
+
+def skill(encoder, protocol, labels, seed, subset):
+    "A made-up score, so that every table can be computed by hand."
+    base = {"random": .30, "histogram": .40, "supervised": .45, "mae": .55, "sdmae": .60}
+    v = base.get(encoder) or .58 + .01*list(VARIANTS).index(encoder)
+    return v + .04*LABELS.index(labels) + .05*(protocol == "finetune") + .011*seed - .0074*subset + .003*seed*(encoder == "sdmae_p0")
+
+
+@pytest.fixture
+def named():
+    "The variants, as parameters have them, named as in a report; the names are forgotten afterwards."
+    values = load_params().model_dump()
+    values["method"] |= {k: dict(of="sdmae", **v) for k, v in VARIANTS.items()} | {"mae_flat": dict(of="mae", decoder=dict(depth=1))}
+    found = tb.find_variants(parse_params(values).method, ["random","mae","sdmae",*VARIANTS])
+    tb.name_variants(found)
+    yield found
+    tb.name_variants({})
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    "What the stages leave of 3 encoders, 6 variants, the histogram and the supervised one: 3 seeds × 2 subsets; scores by hand, predictions of 60 tiles."
+    root = tmp_path_factory.mktemp("campaign")
+    (root/"metrics").mkdir()
+    t = np.random.default_rng(0).integers(0, 3, 60)
+    for stage, protocols in (("probe",("knn","linear")), ("finetune",("finetune",)), ("linear_sgd",("linear_sgd",))):
+        for e, seed in [(e, s) for e in ("random","histogram","supervised","mae","sdmae",*VARIANTS) for s in SEEDS]:
+            if stage != "probe" and e in ("histogram","supervised"): continue
+            scored, arrays = {p: {} for p in protocols}, dict(index=np.arange(60), targets=t)
+            for p, l in [(p, l) for p in protocols for l in (("all",) if e == "supervised" else LABELS)]:
+                subsets = range(1 if l == "all" else SUBSETS)
+                entries = [{m: skill(tb.name_in_tables(e, p), p, l, seed, k) for m in METRICS} | {"n_train": 10} for k in subsets]
+                logits = [np.random.default_rng(10*seed + k).normal(size=(60,3)) + 2*entries[k]["accuracy"]*np.eye(3)[t] for k in subsets] # luck is shared
+                drawn = [np.exp(z)/np.exp(z).sum(1, keepdims=True) for z in logits]
+                scored[p][l] = entries[0] if l == "all" else entries
+                arrays[f"probabilities_{p}_{l}"] = drawn[0] if l == "all" else np.stack(drawn)
+            (root/"metrics"/f"{stage}-{e}-{seed}.json").write_text(json.dumps(scored))
+            (root/"evals"/stage/f"{e}-{seed}").mkdir(parents=True)
+            np.savez(root/"evals"/stage/f"{e}-{seed}"/"predictions.npz", **arrays)
+    return root
+
+
+def test_runs_are_seeds_times_subsets(campaign):
+    df = tb.collect(campaign)
+    runs = df[(df.encoder == "mae") & (df.protocol == "linear") & (df.labels == "0.01") & (df.metric == "accuracy")]
+    assert list(zip(runs.seed, runs.subset)) == [(s, k) for s in SEEDS for k in range(SUBSETS)]
+    by_hand = [skill("mae", "linear", "0.01", s, k) for s in SEEDS for k in range(SUBSETS)]
+    row = tb.summarise(df).query("encoder == 'mae' and protocol == 'linear' and labels == '0.01' and metric == 'accuracy'").iloc[0]
+    assert (row.value, row.sd, row.runs, row.seeds) == pytest.approx((np.mean(by_hand), np.std(by_hand, ddof=1), 6, 3)) and np.isnan(row.low)
+    alone = tb.summarise(df[df.seed == 0]).query("labels == 'all'")
+    assert set(alone.runs) == {1} and alone.sd.isna().all()
+
+
+def test_several_runs_have_no_interval_even_where_files_have_one(tmp_path):
+    (tmp_path/"metrics").mkdir()
+    entry = VALUES | {"intervals": {k: [0., 1.] for k in VALUES}}
+    (tmp_path/"metrics"/"finetune-mae-0.json").write_text(json.dumps({"finetune": {"100": [entry, entry | {"accuracy": .7}], "all": entry}}))
+    s = tb.summarise(tb.collect(tmp_path)).query("metric == 'accuracy'").set_index("labels")
+    assert np.isnan(s.low["100"]) and s.value["100"] == pytest.approx(.8) and (s.low["all"], s.high["all"]) == (0, 1)
+
+
+@pytest.mark.parametrize("seeds, labels, text", [
+    ((0,), ("all",), "value and 95 % bootstrap interval"),
+    ((0,1,2), ("all",), "mean ± standard deviation over 3 seeds"),
+    ((0,), ("100",), "mean ± standard deviation over 2 random subsets of the labels"),
+    ((0,), ("100","all"), "mean ± standard deviation over 2 random subsets of the labels; where labels were drawn once, value and 95 % bootstrap interval"),
+    ((0,1,2), ("100","all"), "mean ± standard deviation over 3 seeds × 2 random subsets of the labels; where labels were drawn once, over seeds alone")])
+def test_the_caption_says_what_the_spread_is_over(campaign, seeds, labels, text):
+    df = tb.collect(campaign, seeds=seeds)
+    assert tb.spread_text(df[df.labels.isin(labels)]) == text
+
+
+def test_tables_of_several_runs(campaign, named):
+    table = tb.results_table(tb.collect(campaign))
+    assert list(table.index.levels[0][table.index.codes[0]].unique()) == ["1 %","30 %","100","all"]
+    assert table.loc[("1 %","SD-MAE"), "linear probe (SGD), balanced accuracy"] == "{:.3f} ± {:.3f}".format(*(f([skill("sdmae", "linear_sgd", "0.01", s, k) for s in SEEDS for k in (0,1)]) for f in (np.mean, lambda x: np.std(x, ddof=1))))
+    assert table.loc[("all","Supervised from scratch"), "linear probe (SGD), macro AUC"] == "" != table.loc[("all","Supervised from scratch"), "fine-tuned, macro AUC"]
+    assert "SD-MAE, detach_teacher true, center_on logits" in table.index.get_level_values("encoder")
+    assert len(table.columns) == 8
+
+
+def test_pairs_are_of_the_same_seed_and_subset(campaign):
+    found = tb.read_predictions(campaign)
+    assert list(found.runs("linear", "0.01", "mae")) == [(s, k) for s in SEEDS for k in (0, 1)]
+    table = tb.paired_table(found, n=20).set_index(["labels","protocol","metric"])
+    row = table.loc["0.01","linear_sgd","accuracy"]
+    a, b = found.runs("linear_sgd", "0.01", "sdmae"), found.runs("linear_sgd", "0.01", "mae")
+    each = np.array([scores(found.targets, a[k])["accuracy"] - scores(found.targets, b[k])["accuracy"] for k in a])
+    assert (row.difference, row.sd, row.runs) == pytest.approx((each.mean(), each.std(ddof=1), 6))
+    assert row["same sign"] == (np.sign(each) == np.sign(each.mean())).sum()
+    assert set(table.loc["all"].runs) == {3}
+    text = tb.paired_text(table.reset_index(), ["ece"])
+    assert len(text) == len(LABELS)*4 and set(text["runs of the same sign"].str.split(" of ").str[1]) == {"3","6"}
+
+
+def test_ablations_differ_run_by_run(campaign, named):
+    df = tb.collect(campaign)
+    rows = tb.ablation(df, named)
+    assert list(rows.encoder.unique()) == ["sdmae", *VARIANTS] and set(rows.protocol) == {"linear","linear_sgd","knn","finetune"}
+    p0 = rows[(rows.encoder == "sdmae_p0") & (rows.protocol == "knn")].iloc[0]
+    by_hand = np.array([skill("sdmae_p0", "knn", "all", s, 0) - skill("sdmae", "knn", "all", s, 0) for s in SEEDS])
+    assert (p0.difference, p0.difference_sd) == pytest.approx((by_hand.mean(), by_hand.std(ddof=1)))
+    assert rows[rows.encoder == "sdmae"].difference.isna().all()
+    few = tb.ablation(df, named, labels="0.01")
+    assert set(few.runs) == {6}
+    table = tb.ablation_table(df, named)
+    assert list(table.changed) == ["as it stands", "loss_weight: 0.2 → 0", "loss_weight: 0.2 → 0.8", "mask_ratio: 0.6 → 0.75", "decoder.depth: 2 → 1",
+                                   "detach_teacher: false → true", "detach_teacher: false → true, center_on: probs → logits"]
+    assert table["kNN, difference"][1] == f"{by_hand.mean():+.3f} ± {by_hand.std(ddof=1):.3f}" and table["kNN, difference"][0] == ""
+    assert tb.ablation_table(df[df.encoder != "sdmae"], named)["kNN, difference"].eq("").all(), "without its method a variant has no difference"
+    with pytest.raises(ValueError, match="no variant among"): tb.ablation_table(df[df.encoder == "mae"], named)
+
+
+def test_variants_are_named_by_what_they_change(named):
+    assert list(tb.ENCODERS)[-7:] == ["sdmae", *VARIANTS] and tb.ENCODERS["sdmae_decoder1"] == "SD-MAE, decoder.depth 1"
+    assert named["sdmae_mask75"].defaults == {"mask_ratio": .6}
+    twins = {"a": tb.Variant("mae", {"mask_ratio": .5}, {"mask_ratio": .75}), "b": tb.Variant("mae", {"mask_ratio": .5}, {"mask_ratio": .75}), "c": tb.Variant("mae", {}, {})}
+    assert [tb.name_variants(twins)[k] for k in twins] == ["MAE, mask_ratio 0.5", "MAE, mask_ratio 0.5 (b)", "MAE (c)"]
+    assert [tb.value_text(v) for v in (True, None, 1e-4, (.2, 1.), "logits")] == ["true", "null", "0.0001", "(0.2, 1.0)", "logits"]
+    assert list(tb.name_variants({})) == list(tb.KNOWN) and not tb.VARIANTS
+
+
+def test_looks_of_variants_are_their_own(named):
+    looks = [tuple(fg.style(e).values()) for e in (*tb.ENCODERS, "moco", "my-net")]
+    assert len(set(looks)) == len(looks) and all(c != "black" for c, _ in looks)
+    many = {f"v{i}": tb.Variant("sdmae", {"loss_weight": i/50}, {"loss_weight": .2}) for i in range(50)}
+    tb.name_variants(many)
+    assert len({tuple(fg.style(e).values()) for e in tb.ENCODERS}) == len(tb.ENCODERS)
+
+
+def test_segmentation_stands_apart(tmp_path):
+    write_metrics(tmp_path, "probe-mae-0")
+    assert tb.collect_segments(tmp_path) is None
+    for e, seed, x in (("random",0,.5), ("mae",0,.6), ("mae",1,.7), ("sdmae",0,.9)):
+        entry = dict(miou=x, iou_nucleus=x-.1, dice=x+.05, intervals=dict(miou=[x-.1, x+.1]) if e == "random" else None)
+        (tmp_path/"metrics"/f"segment-{e}-{seed}.json").write_text(json.dumps({"segment": {"all": entry}}))
+    table = tb.segment_table(tb.collect_segments(tmp_path, ["random","mae"], [0,1]))
+    assert list(table.columns) == ["mIoU","IoU of nuclei","Dice of nuclei"] and list(table.index) == ["Supervised from scratch","MAE"]
+    assert table.loc["Supervised from scratch","mIoU"] == "0.500 [0.400, 0.600]" and table.loc["MAE","Dice of nuclei"] == "0.700 ± 0.071"
+    assert set(tb.collect(tmp_path).protocol) == {"knn","linear"}
+    (tmp_path/"metrics"/"segment-mae-0.json").write_text('{"segment": {"all": {"miou": 1}}}')
+    with pytest.raises(ValueError, match="segment-mae-0.json"): tb.collect_segments(tmp_path)
+
+
+def test_watched_shows_what_there_is(named):
+    made = {("sdmae_p0", 0): dict(last=dict(rankme=3., kl=None), note="collapsed"), ("mae", 1): dict(last=dict(rankme=31.4159), note=None), ("random", 0): dict(last=None, note=None)}
+    table = tb.watched_table(made)
+    assert table.to_dict("list") == {"method": ["MAE","SD-MAE, loss_weight 0"], "seed": [1,0], "RankMe": ["31.4","3"], "note": ["","collapsed"]}
+
+
+def test_written_tables_hold_the_further_ones(campaign, named, tmp_path):
+    df = tb.collect(campaign)
+    more = dict(ablation=("what each switch does", tb.ablation_table(df, named)))
+    paths = tb.write_tables(df, tmp_path, "x (synthetic sample)", tb.paired_table(tb.read_predictions(campaign), n=5), None, more)
+    assert [p.name for p in paths] == ["results.md","results.csv","table.csv","paired.csv","ablation.csv"] and all(p.is_file() for p in paths)
+    page = paths[0].read_text()
+    assert "## x (synthetic sample): what each switch does" in page and "3 seeds × 2 random subsets" in page and "linear probe (SGD), all scores" in page
+    assert "nan" not in page and set(pd.read_csv(paths[1]).subset) == {0, 1}
+
+
+def test_one_slide_is_said(tmp_path):
+    facts = tb.provenance(MANIFEST, {}, [0], tmp_path, "cpu", groups=np.array(["s1"]*5))
+    assert "all of one patient or slide" in facts["intervals"]
+
+
 # figures
 
 def rows(labels=("100","all"), seeds=(0,), metric="balanced_accuracy", encoders=None):
     rng, out = np.random.default_rng(0), []
     skill = encoders or {"random": .5, "histogram": .57, "supervised": .7, "mae": .76, "sdmae": .79}
     for l in labels:
-        for p in tb.PROTOCOLS:
+        for p in ("linear","knn","finetune"):
             for e, v in skill.items():
                 if (e, p) == ("histogram","finetune"): continue
                 for s in seeds:
                     x = v + .1*(l == "all") + .01*rng.normal()
-                    out.append(dict(encoder=e, seed=s, protocol=p, labels=l, metric=metric, value=x, low=x-.02, high=x+.02))
+                    out.append(dict(encoder=e, seed=s, subset=0, protocol=p, labels=l, metric=metric, value=x, low=x-.02, high=x+.02))
     return pd.DataFrame(out)
 
 
@@ -238,6 +427,59 @@ DRAWN = {
     "attention": lambda: fg.attention_grid(torch.rand(5,3,16,16), {"mae": torch.rand(5,4,4), "sdmae": torch.rand(5,4,4)}, NAME)}
 
 
+CAMPAIGN = { # 3 seeds × 2 subsets, 3 encoders, 6 variants, 4 protocols
+    "overview": lambda df, v: fg.overview(df, NAME, 3),
+    "overview without variants": lambda df, v: fg.overview(df[~df.encoder.isin(v)], NAME, 3),
+    "label_curve": lambda df, v: fg.label_curve(df, NAME, 9000),
+    "label_curve of shares": lambda df, v: fg.label_curve(df[df.labels != "100"], NAME, 9000),
+    "ablation": lambda df, v: fg.ablation_figure(df, v, "sdmae", NAME),
+    "ablation, one seed": lambda df, v: fg.ablation_figure(df[df.seed == 0], v, "sdmae", NAME, labels="100"),
+    "learning_curves": lambda df, v: fg.learning_curves(pd.concat([curves(("mae","sdmae",*VARIANTS), ("loss","rankme","lr","kl"), 24).assign(seed=s) for s in SEEDS]), NAME),
+    "confusion": lambda df, v: fg.confusion_matrices({e: 30*np.eye(2) + 2 for e in ("random","histogram","supervised","mae","sdmae",*VARIANTS)}, ["normal","tumor"], NAME),
+    "attention": lambda df, v: fg.attention_grid(torch.rand(5,3,16,16), {e: torch.rand(5,4,4) for e in ("random","mae","sdmae",*VARIANTS)}, NAME)}
+
+
+@pytest.mark.parametrize("name", CAMPAIGN)
+def test_figures_of_a_campaign_are_readable(campaign, named, name):
+    fig = CAMPAIGN[name](tb.collect(campaign), named)
+    assert NAME in fig.get_suptitle().replace("\n", " ")
+    assert_readable(fig)
+
+
+def test_bands_are_standard_deviations_or_intervals(campaign):
+    df = tb.collect(campaign)
+    part = fg.with_bars(df[df.metric == "balanced_accuracy"]).query("encoder == 'mae' and protocol == 'knn' and labels == '100'").iloc[0]
+    by_hand = [skill("mae", "knn", "100", s, k) for s in SEEDS for k in (0, 1)]
+    assert (part.low, part.high) == pytest.approx((np.mean(by_hand) - np.std(by_hand, ddof=1), np.mean(by_hand) + np.std(by_hand, ddof=1)))
+    single = fg.with_bars(rows())
+    assert (single.high - single.value).to_numpy() == pytest.approx(.02)
+    ax = fg.label_curve(df[df.encoder.isin(["mae"])], "x", 9000).axes[0]
+    drawn = ax.collections[0].get_paths()[0].vertices
+    want = fg.with_bars(df[(df.metric == "balanced_accuracy") & (df.encoder == "mae") & (df.protocol == "linear")])
+    assert {round(v, 6) for v in drawn[:,1]} == {round(v, 6) for v in (*want.low, *want.high)}
+    assert sorted(drawn[:,0])[0] == pytest.approx(90) and [t.get_text() for t in ax.texts][:3] == ["1 %","30 %","100 %"]
+
+
+def test_the_ablation_figure_draws_the_numbers(campaign, named):
+    df = tb.collect(campaign)
+    fig = fg.ablation_figure(df, named, "sdmae", "x")
+    names = [t.get_text() for t in fig.axes[0].get_yticklabels()]
+    assert names == ["loss_weight", "0", "0.2 · as it stands", "0.8", "mask_ratio", "0.6 · as it stands", "0.75", "decoder.depth", "1", "2 · as it stands",
+                     "detach_teacher", "false · as it stands", "true", "several at once", "detach_teacher true, center_on logits"]
+    points = {int(l.get_ydata()[0]): l for l in fig.axes[0].lines if l.get_marker() not in ("", "None")}
+    mean = lambda e: np.mean([skill(e, "linear", "all", s, 0) for s in SEEDS])
+    assert {y: float(l.get_xdata()[0]) for y, l in points.items()} == pytest.approx({1: mean("sdmae_p0"), 2: mean("sdmae"), 3: mean("sdmae_p08"), 5: mean("sdmae"), 6: mean("sdmae_mask75"),
+        8: mean("sdmae_decoder1"), 9: mean("sdmae"), 11: mean("sdmae"), 12: mean("sdmae_detach"), 14: mean("sdmae_dino")})
+    assert points[12].get_color() == fg.style("sdmae_detach")["color"] and [ax.get_title() for ax in fig.axes] == list(tb.PROTOCOLS.values())
+    with pytest.raises(ValueError, match="no variant"): fg.ablation_figure(df, named, "mae", "x")
+
+
+def test_the_story_lists_variants_below_their_method(campaign, named):
+    fig = fg.overview(tb.collect(campaign, seeds=[0]), "x", 3)
+    names = [t.get_text() for t in fig.axes[0].get_yticklabels()]
+    assert names[:9] == ["SD-MAE", "SD-MAE, loss_weight 0", "SD-MAE, loss_weight 0.8", "SD-MAE, mask_ratio 0.75", "SD-MAE, decoder.depth 1", "SD-MAE, detach_teacher true", "sdmae_dino", "MAE", "Supervised"]
+
+
 @pytest.mark.parametrize("name", DRAWN)
 def test_figures_are_readable_and_name_the_data(name):
     fig = DRAWN[name]()
@@ -246,8 +488,9 @@ def test_figures_are_readable_and_name_the_data(name):
 
 
 def test_an_encoder_has_one_colour_everywhere():
-    wanted = {matplotlib.colors.to_hex(c) for c, _ in fg.STYLES.values()}
-    assert len(wanted) == len(fg.STYLES)
+    colours = {e: matplotlib.colors.to_hex(c) for e, (c, _) in fg.STYLES.items()}
+    assert len(set(colours.values())) == len(fg.STYLES)
+    wanted = {colours[e] for e in set(rows().encoder)}
     story, curve = fg.overview(rows(("all",)), "x", 9), fg.label_curve(rows(), "x", 800)
     for fig in (story, curve):
         lines = [l for ax in fig.axes for l in ax.lines if l.get_marker() not in ("", "None", "|")]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..views.augment import normalize, to_unit
+from ..views.augment import normalize, to_unit, whole
 
 # %% ../../nbs/evaluate/features.ipynb #c005
 @contextmanager
@@ -28,13 +28,14 @@ def resting(model:nn.Module):
 
 # %% ../../nbs/evaluate/features.ipynb #c008
 def extract(
-    encoder,                    # has `pooled(x)` -> (B, D)
+    encoder,                    # has `pooled(x)` -> (B, D) and `image_size`, px
     store,                      # has `batch(idx)` -> (B, 3, H, W) uint8
     idx,                        # (n,) rows of the store
     mean, std,                  # 3 floats each, as in pre-training
     device,                     # the encoder is moved there
     batch_size:int=256,
-    amp:torch.dtype|None=None   # e.g. torch.bfloat16: autocast; None computes in float32
+    amp:torch.dtype|None=None,  # e.g. torch.bfloat16: autocast; None computes in float32
+    crop:float=1.               # central share of a tile's side that is looked at
 )->np.ndarray:                  # (n, D) float32, rows as in `idx`
     "Mean of patch tokens of each tile; `ValueError` on no tiles or on features that are not finite."
     device, idx, rows = torch.device(device), np.asarray(idx), []
@@ -42,7 +43,7 @@ def extract(
     with resting(encoder.to(device)), torch.autocast(device.type, amp, enabled=amp is not None):
         for start in tqdm(range(0, len(idx), batch_size), desc="features", unit="batch", leave=False):
             x = store.batch(idx[start:start+batch_size]).to(device, non_blocking=True)
-            rows.append(encoder.pooled(normalize(to_unit(x), mean, std)).float())
+            rows.append(encoder.pooled(normalize(whole(to_unit(x), encoder.image_size, crop), mean, std)).float())
     features = torch.cat(rows).cpu().numpy()
     bad = np.flatnonzero(~np.isfinite(features).all(1))
     if len(bad): raise ValueError(f"{len(bad)} of {len(idx)} tiles have features that are not finite, row {idx[bad[0]]} first; did the pre-training diverge?")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'LOWER_IS_BETTER', 'ECE_BINS', 'check_predictions', 'sum_into', 'PairOrder', 'WeightedScores', 'scores',
-           'confusion', 'draw_weights', 'draw_scores', 'as_seeds', 'interval', 'bootstrap', 'paired_bootstrap']
+           'confusion', 'draw_weights', 'bootstrap_units', 'draw_scores', 'as_seeds', 'affordable_draws', 'interval',
+           'bootstrap', 'paired_bootstrap']
 
 # %% ../../nbs/evaluate/statistics.ipynb #c002
 import numpy as np
@@ -146,12 +147,22 @@ def draw_weights(
         yield counts if groups is None else counts[member]
 
 # %% ../../nbs/evaluate/statistics.ipynb #c032
+def bootstrap_units(
+    groups # (n,) patient or slide of each tile, or None
+)->tuple[np.ndarray|None, str]: # the `groups` to draw, None for tiles; and in words what is drawn
+    "Groups where there are two at least, tiles otherwise; the words tell where all tiles are of one patient or slide."
+    if groups is None: return None, "test tiles"
+    n = len(np.unique(np.asarray(groups)))
+    if n > 1: return groups, f"{n:,} patients or slides of the test tiles"
+    return None, "test tiles, all of one patient or slide: nothing is known about others"
+
+# %% ../../nbs/evaluate/statistics.ipynb #c035
 def draw_scores(
     targets,       # (n,) class numbers
-    probabilities, # list of seeds' probabilities, each a list of (n, C)
+    probabilities, # list of encoders, each a list of runs' (n, C)
     groups, n, seed
 )->list[dict]:     # for each entry metric -> (1 + n,): the value itself, then the draws
-    "Scores of several encoders, each the mean over its seeds, on the tiles as they are and on the same n draws."
+    "Scores of several encoders, each the mean over its runs, on the tiles as they are and on the same n draws."
     prepared = [[WeightedScores(targets, p) for p in seeds] for seeds in probabilities]
     if n < 1: raise ValueError(f"n: at least 1 draw is needed, got {n}")
     tiles, parts = len(targets), [[] for _ in prepared]
@@ -161,15 +172,23 @@ def draw_scores(
             part.append({k: np.mean([e[k] for e in each], axis=0) for k in METRICS})
     return [{k: np.concatenate([d[k] for d in part]) for k in METRICS} for part in parts]
 
-# %% ../../nbs/evaluate/statistics.ipynb #c033
+# %% ../../nbs/evaluate/statistics.ipynb #c036
 def as_seeds(
-    probabilities # (n, C), or a list of such, one per seed
+    probabilities # (n, C), or a list of such, one per run (seed, subset of labels)
 )->list:
-    "Always a list of seeds."
+    "Always a list of runs."
     several = len(probabilities) and np.ndim(probabilities[0]) == 2
     return list(probabilities) if several else [probabilities]
 
-# %% ../../nbs/evaluate/statistics.ipynb #c034
+# %% ../../nbs/evaluate/statistics.ipynb #c038
+def affordable_draws(
+    n:int,   # draws asked for
+    runs:int # of the encoder with the most
+)->int:
+    "Draws within 10,000 evaluations of an encoder; 200 at least, where so many are asked for."
+    return min(n, max(200, 10_000//runs))
+
+# %% ../../nbs/evaluate/statistics.ipynb #c040
 def interval(
     draws:np.ndarray,  # values in the draws; nan where a draw lacks the classes
     level:float=0.95
@@ -178,27 +197,29 @@ def interval(
     low, high = np.nanquantile(draws, [(1-level)/2, (1+level)/2])
     return float(low), float(high)
 
-# %% ../../nbs/evaluate/statistics.ipynb #c035
+# %% ../../nbs/evaluate/statistics.ipynb #c041
 def bootstrap(
     targets,         # (n,) class numbers
-    probabilities,   # (n, C), or a list of such: one per seed
+    probabilities,   # (n, C), or a list of such: one per run
     groups=None,     # (n,) patient or slide of each tile; None draws tiles
-    n:int=1000,      # draws
+    n:int=1000,      # draws, at most: see `affordable_draws`
     seed:int=0
 )->dict[str, tuple[float, float]]:
     "95 % bootstrap interval of each score; `ValueError` on predictions or groups that do not fit."
-    [drawn] = draw_scores(targets, [as_seeds(probabilities)], groups, n, seed)
+    runs = as_seeds(probabilities)
+    [drawn] = draw_scores(targets, [runs], groups, affordable_draws(n, len(runs)), seed)
     return {k: interval(v[1:]) for k, v in drawn.items()}
 
-# %% ../../nbs/evaluate/statistics.ipynb #c040
+# %% ../../nbs/evaluate/statistics.ipynb #c046
 def paired_bootstrap(
     targets,         # (n,) class numbers
-    prob_a,          # (n, C), or a list of such: one per seed
-    prob_b,          # likewise; the number of seeds may differ
+    prob_a,          # (n, C), or a list of such: one per run
+    prob_b,          # likewise; the number of runs may differ
     groups=None,     # (n,) patient or slide of each tile; None draws tiles
-    n:int=1000,      # draws
+    n:int=1000,      # draws, at most: see `affordable_draws`
     seed:int=0
 )->dict[str, tuple[float, float, float]]: # metric -> difference a − b, low, high
     "Difference of each score and its 95 % bootstrap interval on paired draws; `ValueError` as `bootstrap`."
-    a, b = draw_scores(targets, [as_seeds(prob_a), as_seeds(prob_b)], groups, n, seed)
+    a, b = as_seeds(prob_a), as_seeds(prob_b)
+    a, b = draw_scores(targets, [a, b], groups, affordable_draws(n, max(len(a), len(b))), seed)
     return {k: (float(a[k][0] - b[k][0]), *interval(a[k][1:] - b[k][1:])) for k in METRICS}

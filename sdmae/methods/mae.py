@@ -10,7 +10,7 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..params import MaskedParams, ModelParams
-from ..views.augment import Views, normalize, to_unit
+from ..views.augment import Views, normalize, to_unit, whole
 from ..models.vit import build_encoder
 from ..models.decoders import Decoder, split_tokens, pixel_target, denormalize, paste, structure_r2
 
@@ -102,7 +102,7 @@ def reconstruct(self:MaskedAutoencoder,
     seed:int=0     # of the masks, so that pictures of several epochs compare
 )->dict:           # original, masked, reconstruction: (B, 3, H, W) in [0, 1]
     "What the model makes of hidden patches; no views are drawn."
-    x = to_unit(images)
+    x = whole(to_unit(images), self.encoder.image_size)
     generator = torch.Generator(x.device).manual_seed(seed)
     visible, masked = self.draw_mask(len(x), x.device, generator)
     pred = self.forward_masked(x, visible, masked)["pred"].float()

@@ -12,18 +12,18 @@ from torch import nn
 from ..params import Params
 from ..models.vit import suit_attention
 
-METHODS = dict(random="RandomEncoder", mae="MAE", sdmae="SDMAE") # module in sdmae.methods → class
+METHODS = dict(random="RandomEncoder", imported="Imported", mae="MAE", sdmae="SDMAE") # module in sdmae.methods → class
 
 # %% ../../nbs/methods/registry.ipynb #c004
 def build_method(
-    name:str,      # a key of `METHODS`
+    name:str,      # a key of `METHODS`, or a variant
     params:Params,
     seed:int=0,    # of the weights
     device="cpu"
 )->nn.Module:      # images (B, 3, H, W) uint8 → {"loss": …, named parts}
     "A freshly initialised method. Raises `ValueError` for an unknown name."
-    if name not in METHODS: raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
     torch.manual_seed(seed)
-    build = getattr(import_module(f"sdmae.methods.{name}"), METHODS[name])
-    method = build(getattr(params.method, name), params.model, params.data.image_size)
+    module = params.method.of(name)
+    build = getattr(import_module(f"sdmae.methods.{module}"), METHODS[module])
+    method = build(params.method.section(name), params.model, params.image_size)
     return suit_attention(method, device).to(device)

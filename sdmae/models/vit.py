@@ -81,15 +81,17 @@ class Encoder(VisionTransformer):
         embed_dim:int=384, depth:int=12, num_heads:int=6, mlp_ratio:float=4.,
         class_token:bool=False,
         pos_embed:str="sincos2d",       # or "sincos1d"
-        num_classes:int=0,              # >0: mean of patch tokens → new LayerNorm → linear, for fine-tuning
+        num_classes:int=0,              # >0: pooled tokens → linear, for fine-tuning
+        pool:str="mean",                # of the patch tokens, then a new LayerNorm; or "token", the class token after the final norm
         drop_path:float=0.,
         final_norm:bool=True,           # LayerNorm on the tokens; a fine-tuned encoder has none
     ):
         super().__init__(img_size=image_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
-            mlp_ratio=mlp_ratio, class_token=class_token, num_classes=num_classes, global_pool="avg" if num_classes else "",
+            mlp_ratio=mlp_ratio, class_token=class_token, num_classes=num_classes, global_pool=dict(mean="avg", token="token")[pool] if num_classes else "",
             drop_path_rate=drop_path, final_norm=final_norm, norm_layer=partial(nn.LayerNorm, eps=1e-6), weight_init="skip")
         table = position_table(pos_embed, image_size//patch_size, embed_dim, self.num_prefix_tokens)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.image_size = image_size
         xavier_init(self)
 
 # %% ../../nbs/models/vit.ipynb #c018

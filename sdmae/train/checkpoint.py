@@ -6,17 +6,17 @@
 __all__ = ['rng_state', 'set_rng_state', 'save_checkpoint', 'load_checkpoint', 'fingerprint']
 
 # %% ../../nbs/train/checkpoint.ipynb #c002
-import hashlib, json, os
+import hashlib, json, os, random
 from pathlib import Path
 import numpy as np
 import torch
 
 # %% ../../nbs/train/checkpoint.ipynb #c005
 def rng_state()->dict:
-    "The state of torch's and numpy's generators, as tensors and plain values."
+    "The states of torch's, numpy's and Python's generators, as tensors and plain values."
     name, keys, *rest = np.random.get_state()
     return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                numpy=[name, torch.from_numpy(keys.astype(np.int64)), *rest])
+                numpy=[name, torch.from_numpy(keys.astype(np.int64)), *rest], python=random.getstate())
 
 def set_rng_state(state:dict):
     "Put the generators back."
@@ -24,6 +24,7 @@ def set_rng_state(state:dict):
     if state["cuda"]: torch.cuda.set_rng_state_all(state["cuda"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
 
 # %% ../../nbs/train/checkpoint.ipynb #c008
 def save_checkpoint(

@@ -1,0 +1,527 @@
+"Weights in and out: timm's own networks are the oracle, files are made here with the names of each release."
+import argparse, json, os, pickle, subprocess, sys
+from functools import partial
+from pathlib import Path
+import numpy as np, pytest, timm, torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+from sdmae.params import DecoderParams, EncoderForm, HeadParams, ImportedParams, MAEParams, ModelParams, OptimParams, SDMAEParams
+from sdmae.models.vit import Encoder, build_encoder, load_encoder, save_encoder, sincos1d
+from sdmae.models.weights import (encoder_weights, export_timm, find_encoder, import_encoder, load_method, main, only_weights, read_checkpoint, weights_in)
+from sdmae.methods.imported import Imported
+from sdmae.methods.mae import MAE
+from sdmae.methods.sdmae import SDMAE
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT.parent/"shared"/"reference"/"sdmae.npz"
+SHAPE = ModelParams(patch_size=8, embed_dim=48, depth=2, num_heads=3)
+DECODER, OPTIM = DecoderParams(embed_dim=32, depth=2, num_heads=4), OptimParams(base_lr=1e-3)
+NORM = partial(torch.nn.LayerNorm, eps=1e-6)
+HALF = [0.5, 0.5, 0.5]
+
+
+def vit(seed=0, **kwargs):
+    "timm's own network, its weights all random."
+    torch.manual_seed(seed)
+    model = VisionTransformer(**dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5, norm_layer=NORM) | kwargs).eval()
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def images(size=32, n=2):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def equal(a, b):
+    return (a - b).abs().max().item() <= 1e-5
+
+
+# In: timm
+
+@pytest.mark.parametrize("name, depth", [("vit_small_patch16_224", 2), ("vit_base_patch16_224", 1), ("vit_tiny_patch16_224", 2)])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_timm_models_by_name(tmp_path, name, depth, suffix):
+    "A real architecture of timm, from a file, heads not told."
+    torch.manual_seed(0)
+    theirs, path = timm.create_model(name, depth=depth).eval(), tmp_path/f"weights{suffix}"
+    for p in theirs.parameters(): p.data += 0.02*torch.randn_like(p)
+    save_file(theirs.state_dict(), path) if suffix == ".safetensors" else torch.save(theirs.state_dict(), path)
+    config = import_encoder(path, tmp_path/"run")
+    ours, read = load_encoder(tmp_path/"run")
+    with torch.no_grad(): wanted = theirs.forward_features(images(224, 1))
+    assert equal(ours.eval().tokens(images(224, 1)), wanted)
+    assert config["image_size"] == 224 and config["model"]["num_heads"] == theirs.blocks[0].attn.num_heads and read["form"]["class_token"]
+    assert config["imported"]["layout"] == "timm" and config["imported"]["num_heads"] == "width / 64" and len(config["imported"]["sha256"]) == 64
+
+
+@pytest.mark.parametrize("kwargs", [dict(class_token=False, global_pool="avg"), dict(global_pool="avg"), dict(no_embed_class=True), dict(final_norm=False),
+                                    dict(mlp_ratio=3.), dict(class_token=False, global_pool="avg", fc_norm=False)])
+def test_variants_of_timm_that_the_encoder_has(tmp_path, kwargs):
+    theirs = vit(**kwargs)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path/"a.pth")
+    import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3)
+    ours, _ = load_encoder(tmp_path/"run")
+    assert equal(ours.eval().tokens(images()), theirs.forward_features(images()))
+
+
+@pytest.mark.parametrize("kwargs, named", [
+    (dict(init_values=1e-5), r"blocks\.\*\.ls1\.gamma.*layer scale"), (dict(reg_tokens=4), "reg_token.*register tokens"),
+    (dict(qk_norm=True), r"q_norm\.weight.*normalised queries"), (dict(pre_norm=True), "norm_pre.*norm before the blocks"), (dict(global_pool="map"), "attn_pool.*attention pooling"),
+    (dict(mlp_layer=timm.layers.GluMlp), "gated"), (dict(in_chans=4), r"\(48, 4, 8, 8\)"), (dict(patch_size=(8, 4)), r"\(48, 3, 8, 4\)"),
+    (dict(img_size=(32, 64)), r"pos_embed is \(1, 33, 48\)"), (dict(pos_embed="none"), "no pos_embed"), (dict(qkv_bias=False), r"attn\.qkv\.bias")])
+def test_other_architectures_are_refused(tmp_path, kwargs, named):
+    torch.save(vit(**kwargs).state_dict(), tmp_path/"other.pth")
+    with pytest.raises(ValueError, match=named) as e: import_encoder(tmp_path/"other.pth", tmp_path/"run", num_heads=3)
+    assert "other.pth" in str(e.value) and not (tmp_path/"run").exists()
+
+
+def test_a_convolutional_network_is_refused(tmp_path):
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path/"resnet.pth")
+    with pytest.raises(ValueError, match="resnet.pth is of no layout known here.*conv1.weight"): import_encoder(tmp_path/"resnet.pth", tmp_path/"run")
+
+
+def local_model(folder, mean=HALF, architecture="vit_tiny_patch16_224", **kwargs):
+    "A folder as the hub has it: weights and config.json; what timm reads as local-dir."
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, num_classes=0, **kwargs).eval()
+    for p in model.parameters(): p.data += 0.02*torch.randn_like(p)
+    folder.mkdir()
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder/"model.safetensors")
+    size = kwargs.get("img_size", 224)
+    (folder/"config.json").write_text(json.dumps(dict(architecture=architecture, num_classes=0, model_args=kwargs,
+        pretrained_cfg=dict(input_size=[3, size, size], fixed_input_size="vit" in architecture, mean=mean, std=HALF, num_classes=0, first_conv="patch_embed.proj", classifier="head"))))
+    return model
+
+
+def test_a_model_of_the_hub_brings_heads_and_normalisation(tmp_path):
+    theirs = local_model(tmp_path/"hub", mean=[.7, .5, .6], depth=2, img_size=64, num_heads=6)
+    config = import_encoder(f"local-dir:{tmp_path/'hub'}", tmp_path/"run")
+    assert config["model"]["num_heads"] == 6 and config["mean"] == [.7, .5, .6] and config["std"] == HALF and config["image_size"] == 64
+    assert equal(load_encoder(tmp_path/"run")[0].eval().tokens(images(64)), theirs.forward_features(images(64)))
+    given = import_encoder(f"local-dir:{tmp_path/'hub'}", tmp_path/"run", mean=(.1, .2, .3), std=(.4, .5, .6))
+    assert given["mean"] == [.1, .2, .3] and given["std"] == [.4, .5, .6]
+    with pytest.raises(ValueError, match="has 6 heads, but num_heads is 3"): import_encoder(f"local-dir:{tmp_path/'hub'}", tmp_path/"run", num_heads=3)
+
+
+def test_a_name_that_timm_knows(tmp_path):
+    "timm/NAME, its weights from a file instead of the hub; a classifier's head is left behind."
+    model = timm.create_model("vit_tiny_patch16_224", depth=1).eval()
+    save_file(model.state_dict(), tmp_path/"w.safetensors")
+    config = import_encoder("timm/vit_tiny_patch16_224.augreg_in21k", tmp_path/"run", depth=1, pretrained_cfg_overlay=dict(file=str(tmp_path/"w.safetensors"), custom_load=False, num_classes=1000))
+    assert config["mean"] == HALF, "augreg's own, not ImageNet's"
+    assert equal(load_encoder(tmp_path/"run")[0].eval().tokens(images(224, 1)), model.forward_features(images(224, 1)))
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    (dict(architecture="resnet18"), "is a ResNet; only vision transformers"),
+    (dict(depth=1, img_size=32, act_layer="quick_gelu"), "computes other tokens")])
+def test_models_of_the_hub_that_are_refused(tmp_path, kwargs, message):
+    local_model(tmp_path/"hub", **kwargs)
+    with pytest.raises(ValueError, match=message): import_encoder(f"local-dir:{tmp_path/'hub'}", tmp_path/"run")
+
+
+@pytest.mark.parametrize("name", ["vit_smal_patch16_224", "runs/none", "nowhere:a/b"])
+def test_unknown_names(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} is no file or folder here, and"): import_encoder(name, tmp_path/"run")
+
+
+class Program:
+    "What a harmful checkpoint holds: unpickling it makes a file."
+    def __init__(self, path): self.path = str(path)
+    def __reduce__(self): return open, (self.path, "w")
+
+
+def test_timm_reads_weights_only_too(tmp_path):
+    local_model(tmp_path/"hub", depth=1, img_size=32)
+    (tmp_path/"hub"/"model.safetensors").unlink()
+    torch.save({"a": Program(tmp_path/"made")}, tmp_path/"hub"/"pytorch_model.bin")
+    with pytest.raises(ValueError, match="timm cannot make it"): find_encoder(f"local-dir:{tmp_path/'hub'}")
+    with only_weights(), pytest.raises(pickle.UnpicklingError): torch.load(tmp_path/"hub"/"pytorch_model.bin", weights_only=False) # as a timm of another version may ask
+    assert not (tmp_path/"made").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+# In: the releases
+
+def mae_checkpoint(seed=0):
+    "The layout of facebookresearch/mae, each name written out; the network as our MAE."
+    torch.manual_seed(seed)
+    ours = MAE(MAEParams(decoder=DECODER, optim=OPTIM), SHAPE, 32).eval()
+    for p in ours.parameters(): torch.nn.init.normal_(p, std=0.1)
+    theirs = {"cls_token": "encoder.cls_token", "pos_embed": "encoder.pos_embed", "mask_token": "decoder.mask_token", "decoder_pos_embed": "decoder.pos_embed"}
+    for a, b in (("patch_embed.proj", "encoder.patch_embed.proj"), ("norm", "encoder.norm"), ("decoder_embed", "decoder.embed"),
+                 ("decoder_norm", "decoder.norm"), ("decoder_pred", "pixels")):
+        theirs |= {f"{a}.{w}": f"{b}.{w}" for w in ("weight", "bias")}
+    for a, b in (("blocks", "encoder.blocks"), ("decoder_blocks", "decoder.blocks")):
+        theirs |= {f"{a}.{i}.{part}.{w}": f"{b}.{i}.{part}.{w}" for i in range(2) for w in ("weight", "bias")
+                   for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")}
+    state = ours.state_dict()
+    assert set(theirs.values()) == set(state)
+    return ours, {a: state[b].clone() for a, b in theirs.items()}
+
+
+def beside():
+    "What the releases save with the weights: the command line, numpy's learning rates, a scaler."
+    return dict(optimizer=dict(param_groups=[dict(lr=np.float64(1e-4)*0.5, betas=(0.9, 0.95), weight_decay=np.float64(0.05))], state={}), epoch=399,
+                scaler=dict(scale=65536.), args=argparse.Namespace(batch_size=64, model="mae_vit_base_patch16", norm_pix_loss=True, blr=1e-4, lr=None, betas=(0.9, 0.95)))
+
+
+def test_mae_encoder(tmp_path):
+    "The encoder's tokens are those of timm's network with the same dict, as fine-tuning with facebookresearch's code loads it."
+    ours, state = mae_checkpoint()
+    torch.save(dict(model=state, **beside()), tmp_path/"mae.pth")
+    config = import_encoder(tmp_path/"mae.pth", tmp_path/"run", num_heads=3)
+    theirs = vit(1)
+    missing, unknown = theirs.load_state_dict(state, strict=False)
+    assert set(missing) == {"head.weight", "head.bias"} and all(k.startswith(("decoder_", "mask_token")) for k in unknown)
+    assert equal(load_encoder(tmp_path/"run")[0].eval().tokens(images()), theirs.forward_features(images()))
+    assert config["imported"]["layout"] == "mae" and config["imported"]["positions"] == "as in the file"
+
+
+def test_mae_whole(tmp_path):
+    "The same loss from the same masks: decoder, position tables and pixel head are in their places."
+    theirs, state = mae_checkpoint()
+    torch.save(dict(model=state, **beside()), tmp_path/"mae.pth")
+    ours = MAE(theirs.params, SHAPE, 32).eval()
+    load_method(ours, read_checkpoint(tmp_path/"mae.pth"))
+    x, mask = torch.rand(3, 3, 32, 32), theirs.draw_mask(3, "cpu")
+    with torch.no_grad(): assert ours.loss_on(x, *mask)["loss"] == theirs.loss_on(x, *mask)["loss"] > 0
+    small = MAE(MAEParams(decoder=DecoderParams(embed_dim=16, depth=2, num_heads=4), optim=OPTIM), SHAPE, 32)
+    with pytest.raises(ValueError, match=r"mae.pth does not fit this MAE.*decoder.*in the file.*here"): load_method(small, state, "mae.pth")
+    with pytest.raises(ValueError, match="Missing: .'decoder.norm.bias'"): load_method(ours, {k: v for k, v in state.items() if k != "decoder_norm.bias"})
+    assert encoder_weights(ours.state_dict())[0] == "own", "a checkpoint of our own run is read as well"
+    import_encoder(tmp_path/"mae.pth", tmp_path/"a", num_heads=3)
+    torch.save(dict(model=ours.state_dict(), step=3), tmp_path/"own.pt")
+    import_encoder(tmp_path/"own.pt", tmp_path/"b", num_heads=3)
+    a, b = (load_file(tmp_path/o/"encoder.safetensors") for o in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def sdmae_checkpoint(seed=0):
+    "The layout of SD-MAE's release: q and v biases, its names, no position table; the network as our SDMAE."
+    torch.manual_seed(seed)
+    ours = SDMAE(SDMAEParams(decoder=DECODER, optim=OPTIM, head=HeadParams(hidden_dim=32, bottleneck_dim=16, out_dim=64)), SHAPE, 32).eval()
+    for p in ours.parameters():
+        if p.requires_grad: torch.nn.init.normal_(p, std=0.1)
+    for name, p in ours.named_parameters():
+        if name.endswith("qkv.bias"): p.data[len(p)//3:2*len(p)//3] = 0 # the release has no key bias
+    state = {}
+    for name, w in ours.state_dict().items():
+        if name.endswith("pos_embed") or name == "center": continue
+        if name.endswith("qkv.bias"):
+            q, _, v = w.chunk(3); stem = name.removesuffix("qkv.bias")
+            state |= {f"{stem}q_bias": q.clone(), f"{stem}v_bias": v.clone()}
+            continue
+        for a, b in (("student_head.prototypes", "encoder_proj_head.last_layer.weight_v"), ("teacher_head.prototypes", "decoder_proh_head.last_layer.weight_v"),
+                     ("student_head", "encoder_proj_head"), ("teacher_head", "decoder_proh_head"), ("decoder.embed", "encoder_to_decoder"),
+                     ("decoder.mask_token", "mask_token"), ("pixels", "decoder.head")):
+            if name.startswith(a): name = name.replace(a, b); break
+        state[name] = w.clone()
+    state |= {f"{h}.last_layer.weight_g": torch.ones(64, 1) for h in ("encoder_proj_head", "decoder_proh_head")}
+    return ours, state
+
+
+def sdmae_tokens(state, x, heads=3, patch=8):
+    "SD-MAE's encoder from its weights alone, in plain tensor algebra: attention with q and v biases, 1-D sinusoidal positions."
+    F, p = torch.nn.functional, {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    norm = lambda name, t: F.layer_norm(t, t.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"], 1e-6)
+    linear = lambda name, t: t @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+    t = F.conv2d(x, p["patch_embed.proj.weight"], p["patch_embed.proj.bias"], stride=patch).flatten(2).transpose(1, 2)
+    t = t + sincos1d(*t.shape[1:]).to(t.dtype)
+    for i in range(2):
+        b = f"blocks.{i}"
+        q, k, v = (norm(f"{b}.norm1", t) @ p[f"{b}.attn.qkv.weight"].T).chunk(3, -1)
+        q, k, v = (o.unflatten(2, (heads, -1)).transpose(1, 2) for o in (q + p[f"{b}.attn.q_bias"], k, v + p[f"{b}.attn.v_bias"]))
+        a = (q @ k.transpose(2, 3) / q.shape[-1]**0.5).softmax(-1) @ v
+        t = t + linear(f"{b}.attn.proj", a.transpose(1, 2).flatten(2))
+        t = t + linear(f"{b}.mlp.fc2", F.gelu(linear(f"{b}.mlp.fc1", norm(f"{b}.norm2", t))))
+    return norm("norm", t)
+
+
+def test_sdmae_encoder(tmp_path):
+    _, state = sdmae_checkpoint()
+    torch.save(dict(model=state, **beside()), tmp_path/"sdmae.pth")
+    with pytest.raises(ValueError, match="sdmae.pth holds no position table.*image_size"): import_encoder(tmp_path/"sdmae.pth", tmp_path/"run", num_heads=3)
+    config = import_encoder(tmp_path/"sdmae.pth", tmp_path/"run", num_heads=3, image_size=32)
+    assert equal(load_encoder(tmp_path/"run")[0].eval().tokens(images()), sdmae_tokens(state, images()))
+    assert config["imported"]["layout"] == "sdmae" and config["form"] == dict(class_token=False, pos_embed="sincos1d")
+
+
+def test_sdmae_whole(tmp_path):
+    theirs, state = sdmae_checkpoint()
+    torch.save(dict(model=state, **beside()), tmp_path/"sdmae.pth")
+    ours = SDMAE(theirs.params, SHAPE, 32).eval()
+    load_method(ours, read_checkpoint(tmp_path/"sdmae.pth"))
+    x, mask = torch.rand(3, 3, 32, 32), theirs.draw_mask(3, "cpu")
+    with torch.no_grad(): a, b = ours.loss_on(x, *mask), theirs.loss_on(x, *mask)
+    assert all(torch.equal(a[k], b[k]) for k in ("loss", "loss_mse", "loss_distill"))
+    with pytest.raises(ValueError, match="weight_g is not 1"): load_method(ours, state | {"encoder_proj_head.last_layer.weight_g": torch.full((64, 1), 2.)})
+    with pytest.raises(ValueError, match="q_bias has no .*v_bias"): load_method(ours, {k: v for k, v in state.items() if k != "encoder.blocks.0.attn.v_bias"})
+
+
+def test_sdmae_fine_tuned(tmp_path):
+    "The layout of the release's fine-tuning: no `encoder.`, the mean's LayerNorm and a head, no final norm on tokens."
+    _, state = sdmae_checkpoint()
+    tuned = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.") and "encoder.norm" not in k}
+    torch.save(dict(model=tuned | {"fc_norm.weight": torch.rand(48), "fc_norm.bias": torch.rand(48), "head.weight": torch.rand(2, 48), "head.bias": torch.rand(2)}, **beside()), tmp_path/"tuned.pth")
+    config = import_encoder(tmp_path/"tuned.pth", tmp_path/"run", num_heads=3, image_size=32)
+    ours, read = load_encoder(tmp_path/"run")
+    with torch.no_grad(): wanted = sdmae_tokens(state, images())
+    normed = torch.nn.functional.layer_norm(ours.eval().tokens(images()), (48,), state["encoder.norm.weight"], state["encoder.norm.bias"], 1e-6)
+    assert equal(normed, wanted) and read["final_norm"] is False and config["imported"]["layout"] == "sdmae fine-tuned"
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason=f"the authors' numbers are not here: {REFERENCE.name} beside the project")
+def test_sdmae_of_the_authors(tmp_path):
+    "Weights that the authors' own code made, in a file as that code saves it."
+    with np.load(REFERENCE, allow_pickle=False) as z:
+        meta, state = json.loads(str(z["meta"])), {k.removeprefix("weight/"): torch.from_numpy(z[k]) for k in z.files if k.startswith("weight/")}
+    torch.save(dict(model=state, **beside()), tmp_path/"release.pth")
+    e = meta["encoder"]
+    config = import_encoder(tmp_path/"release.pth", tmp_path/"run", num_heads=e["heads"], image_size=meta["img_size"])
+    assert (config["model"]["embed_dim"], config["model"]["depth"], config["model"]["patch_size"]) == (e["dim"], e["depth"], meta["patch_size"])
+    encoder, _ = load_encoder(tmp_path/"run")
+    from sdmae.reference import build_sdmae
+    whole = build_sdmae(meta).eval()
+    load_method(whole, state)
+    x = images(meta["img_size"])
+    assert equal(encoder.eval().tokens(x), whole.encoder.tokens(x.double()))
+
+
+# In: positions
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_positions_are_resampled_as_timm_does(tmp_path, class_token):
+    theirs = vit(class_token=class_token, global_pool="avg", fc_norm=False)
+    torch.save(theirs.state_dict(), tmp_path/"a.pth")
+    config = import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3, image_size=56)
+    theirs.set_input_size(56)
+    assert equal(load_encoder(tmp_path/"run")[0].eval().tokens(images(56)), theirs.forward_features(images(56)))
+    assert config["imported"]["positions"] == "resampled from 4 × 4 to 7 × 7"
+    with pytest.raises(ValueError, match="image_size 60 is not divisible by 8"): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3, image_size=60)
+
+
+# In: bad files
+
+def damaged(path, kind):
+    torch.save(vit().state_dict(), path)
+    whole = path.read_bytes()
+    path.write_bytes({"empty": b"", "text": b"<html>404</html>", "half": whole[:len(whole)//2], "start": whole[:40], "zip": b"PK\x03\x04" + bytes(60)}[kind])
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "half", "start", "zip"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_damaged_files(tmp_path, kind, suffix):
+    path = tmp_path/f"weights{suffix}"
+    damaged(path, kind)
+    with pytest.raises(ValueError, match=rf"weights{suffix} is no .*damaged"): read_checkpoint(path)
+
+
+def test_a_truncated_safetensors(tmp_path):
+    save_file(vit().state_dict(), tmp_path/"a.safetensors")
+    (tmp_path/"a.safetensors").write_bytes((tmp_path/"a.safetensors").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="a.safetensors is no .*damaged"): import_encoder(tmp_path/"a.safetensors", tmp_path/"run")
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.pth does not exist"): import_encoder(tmp_path/"none.pth", tmp_path/"run")
+    with pytest.raises(FileNotFoundError, match="encoder.safetensors does not exist"): import_encoder(tmp_path, tmp_path/"run")
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "old"])
+@pytest.mark.parametrize("where", ["beside", "inside", "alone"])
+def test_code_is_refused_and_not_run(tmp_path, new, where):
+    made, program = tmp_path/"made", Program(tmp_path/"made")
+    raw = dict(beside=dict(model=vit().state_dict(), args=program), inside=dict(model=vit().state_dict() | {"x": program}), alone=program)[where]
+    torch.save(raw, tmp_path/"bad.pth", _use_new_zipfile_serialization=new)
+    with pytest.raises(ValueError, match=r"bad.pth is refused: to read it, code would have to run \(\S*open\).*save_file"): read_checkpoint(tmp_path/"bad.pth")
+    assert not made.exists()
+    torch.load(tmp_path/"bad.pth", weights_only=False) # the file does what it is said to do
+    assert made.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_programs_are_refused(tmp_path):
+    (tmp_path/"plain.pth").write_bytes(pickle.dumps(Program(tmp_path/"made")))
+    with pytest.raises(ValueError, match="plain.pth is"): read_checkpoint(tmp_path/"plain.pth")
+    torch.save(vit(), tmp_path/"module.pth")
+    with pytest.raises(ValueError, match="module.pth is refused.*VisionTransformer"): read_checkpoint(tmp_path/"module.pth")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path/"script.pt")
+    with pytest.raises(ValueError, match="script.pt is refused.*TorchScript"): read_checkpoint(tmp_path/"script.pt")
+    assert not (tmp_path/"made").exists()
+
+
+def test_what_lies_beside_the_weights_is_not_rebuilt(tmp_path):
+    "A command line that holds a program is refused as well; an honest one does no harm, and the permission ends with the call."
+    for new in (True, False):
+        torch.save(dict(model=vit().state_dict(), **beside()), tmp_path/"a.pth", _use_new_zipfile_serialization=new)
+        assert read_checkpoint(tmp_path/"a.pth").keys() == vit().state_dict().keys()
+    with pytest.raises(pickle.UnpicklingError): torch.load(tmp_path/"a.pth", weights_only=True)
+    torch.save(dict(model=vit().state_dict(), args=argparse.Namespace(x=Program(tmp_path/"made"))), tmp_path/"b.pth")
+    with pytest.raises(ValueError, match="is refused"): read_checkpoint(tmp_path/"b.pth")
+    assert not (tmp_path/"made").exists()
+
+
+@pytest.mark.parametrize("raw, message", [
+    ({}, "holds no weights by name, but nothing"), ([torch.ones(2)], "holds no weights by name, but a list"), (torch.ones(2), "a Tensor"),
+    (dict(student={}, teacher={}, epoch=3), "but student, teacher, epoch"), ({"model": {"a": 1}}, "but a"),
+    ({"w": torch.tensor([1., float("nan")])}, "w holds values that are not finite")])
+def test_files_without_weights(raw, message):
+    with pytest.raises(ValueError, match=message): weights_in(raw, "x.pth")
+
+
+def test_a_weight_is_missing(tmp_path):
+    state = vit().state_dict()
+    for name in ("blocks.1.norm2.bias", "blocks.0.mlp.fc1.weight", "cls_token"):
+        torch.save({k: v for k, v in state.items() if k != name}, tmp_path/"part.pth")
+        with pytest.raises(ValueError, match=name if name != "cls_token" else "pos_embed is .1, 17, 48., which is no square grid"): import_encoder(tmp_path/"part.pth", tmp_path/"run", num_heads=3)
+
+
+def test_heads(tmp_path):
+    torch.save(vit().state_dict(), tmp_path/"a.pth")
+    with pytest.raises(ValueError, match="48 wide, no multiple of 64: give num_heads"): import_encoder(tmp_path/"a.pth", tmp_path/"run")
+    with pytest.raises(ValueError, match="num_heads 5 does not divide the width 48"): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=5)
+
+
+# Out
+
+def run_folder(folder, image_size=32, seed=0, model=SHAPE, class_token=False, pos_embed="sincos2d", **kwargs):
+    "A folder as a run of ours leaves it, its weights all random."
+    torch.manual_seed(seed)
+    form = EncoderForm(class_token=class_token, pos_embed=pos_embed)
+    encoder = build_encoder(image_size, model, form, **kwargs).eval()
+    for p in encoder.parameters():
+        if p.requires_grad: torch.nn.init.normal_(p, std=0.1 if p.ndim == 1 else 0.05)
+    save_encoder(folder, encoder, dict(image_size=image_size, model=model.model_dump(), form=form.model_dump(), mean=HALF, std=HALF))
+    return encoder
+
+
+SMALL = ModelParams(patch_size=16, embed_dim=384, depth=12, num_heads=6)
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_out_with_a_class_token(tmp_path, pool):
+    "vit_small_patch16_224 as timm has it: nothing missing but the head, nothing unexpected, the same features."
+    encoder = run_folder(tmp_path/"run", 224, model=SMALL, class_token=True)
+    args = export_timm(tmp_path/"run", tmp_path/"out"/"vit.safetensors")
+    assert args == dict(model_name="vit_small_patch16_224", num_classes=0, global_pool="avg", fc_norm=False, checkpoint_path=str(tmp_path/"out"/"vit.safetensors"))
+    theirs = timm.create_model("vit_small_patch16_224", global_pool=pool, fc_norm=False).eval()
+    missing, unknown = theirs.load_state_dict(load_file(tmp_path/"out"/"vit.safetensors"), strict=False)
+    assert set(missing) == {"head.weight", "head.bias"} and unknown == []
+    with torch.no_grad(): tokens = encoder.tokens(images(224, 1))
+    wanted = tokens[:, 1:].mean(1) if pool == "avg" else tokens[:, 0]
+    with torch.no_grad(): assert equal(theirs.forward_head(theirs.forward_features(images(224, 1)), pre_logits=True), wanted)
+
+
+def test_out_without_a_class_token(tmp_path):
+    encoder = run_folder(tmp_path/"run", 224, model=SMALL, pos_embed="sincos1d")
+    args = export_timm(tmp_path/"run", tmp_path/"vit.safetensors")
+    assert args["model_name"] == "vit_small_patch16_224" and args["class_token"] is False
+    theirs = timm.create_model("vit_small_patch16_224", class_token=False, global_pool="avg", fc_norm=False).eval()
+    missing, unknown = theirs.load_state_dict(load_file(tmp_path/"vit.safetensors"), strict=False)
+    assert set(missing) == {"head.weight", "head.bias"} and unknown == []
+    x = images(224, 1)
+    with torch.no_grad(): wanted = encoder.pooled(x)
+    with torch.no_grad(): assert equal(theirs.forward_head(theirs.forward_features(x), pre_logits=True), wanted) and equal(timm.create_model(**args).eval()(x), wanted)
+    export_timm(tmp_path/"run", tmp_path/"token.safetensors", class_token=True)
+    plain = timm.create_model("vit_small_patch16_224")
+    missing, unknown = plain.load_state_dict(load_file(tmp_path/"token.safetensors"), strict=False)
+    assert set(missing) == {"head.weight", "head.bias"} and unknown == [], "the plain name loads it, too"
+    assert plain.cls_token.abs().max() == plain.pos_embed[:, 0].abs().max() == 0 and equal(plain.pos_embed[:, 1:], encoder.pos_embed)
+
+
+@pytest.mark.parametrize("model, size, name", [(SHAPE, 32, "vit_small_patch16_224"), (ModelParams(patch_size=16, embed_dim=192, depth=12, num_heads=3), 48, "vit_tiny_patch16_224"),
+                                               (ModelParams(patch_size=8, embed_dim=192, depth=4, num_heads=3, mlp_ratio=3.), 64, "vit_small_patch16_224")])
+@pytest.mark.parametrize("kwargs", [dict(class_token=True), dict(), dict(final_norm=False)], ids=str)
+def test_out_of_any_size(tmp_path, model, size, name, kwargs):
+    "The arguments alone make the network; timm loads strictly. A fine-tuned encoder has no final norm."
+    encoder = run_folder(tmp_path/"run", size, model=model, **kwargs)
+    args = export_timm(tmp_path/"run", tmp_path/"vit.safetensors")
+    assert args["model_name"] == name
+    with torch.no_grad(): wanted = encoder.pooled(images(size))
+    assert equal(timm.create_model(**args).eval()(images(size)), wanted)
+    with safe_open(tmp_path/"vit.safetensors", "pt") as f: notes = f.metadata()
+    assert json.loads(notes["create_model"]) | dict(checkpoint_path=args["checkpoint_path"]) == args and json.loads(notes["mean"]) == HALF
+
+
+def test_out_and_in_again(tmp_path):
+    run_folder(tmp_path/"run", class_token=True)
+    export_timm(tmp_path/"run", tmp_path/"vit.safetensors")
+    import_encoder(tmp_path/"vit.safetensors", tmp_path/"again", num_heads=3)
+    a, b = (load_file(tmp_path/o/"encoder.safetensors") for o in ("run", "again"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_out_refused(tmp_path):
+    run_folder(tmp_path/"run", class_token=True)
+    with pytest.raises(ValueError, match="vit.pth.*has to be .safetensors"): export_timm(tmp_path/"run", tmp_path/"vit.pth")
+    with pytest.raises(ValueError, match="cannot be taken away"): export_timm(tmp_path/"run", tmp_path/"vit.safetensors", class_token=False)
+    with pytest.raises(FileNotFoundError, match="none"): export_timm(tmp_path/"none", tmp_path/"vit.safetensors")
+
+
+# The command
+
+def test_command(tmp_path, capsys):
+    torch.save(dict(model=vit().state_dict(), **beside()), tmp_path/"a.pth")
+    assert main(["import", str(tmp_path/"a.pth"), str(tmp_path/"run"), "--num-heads", "3", "--image-size", "48", "--mean", "0.5", "0.4", "0.3"]) == 0
+    assert "resampled from 4 × 4 to 6 × 6, mean [0.5, 0.4, 0.3]" in capsys.readouterr().out
+    config = load_encoder(tmp_path/"run")[1]
+    assert config["mean"] == [0.5, 0.4, 0.3] and config["image_size"] == 48 and config["model"]["num_heads"] == 3
+    assert main(["export", str(tmp_path/"run"), str(tmp_path/"b.safetensors")]) == 0
+    line = capsys.readouterr().out
+    assert eval(line, dict(timm=timm)).eval()(images(48)).shape == (2, 48), "the line printed runs as it stands"
+
+
+def test_command_faults(tmp_path):
+    "Plain text and exit code 2, from the shell."
+    damaged(tmp_path/"half.pth", "half")
+    r = subprocess.run([sys.executable, "-m", "sdmae.models.weights", "import", str(tmp_path/"half.pth"), str(tmp_path/"run")], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 2 and "half.pth is no checkpoint, or a damaged one" in r.stderr and "Traceback" not in r.stderr
+
+
+# The method
+
+def imported(weights, model=SHAPE, image_size=32, **kwargs):
+    return Imported(ImportedParams(weights=str(weights), **kwargs), model, image_size)
+
+
+def test_imported_from_a_folder_a_file_and_a_name(tmp_path):
+    theirs = vit()
+    torch.save(theirs.state_dict(), tmp_path/"a.pth")
+    import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3, mean=HALF, std=HALF)
+    for source, mean in ((tmp_path/"run", 0.5), (tmp_path/"a.pth", 0.485)):
+        method = imported(source, class_token=True)
+        assert equal(method.encoder.eval().tokens(images()), theirs.forward_features(images())) and method.normalization["mean"][0] == mean
+    other = local_model(tmp_path/"hub", depth=1, img_size=32)
+    method = imported(f"local-dir:{tmp_path/'hub'}", ModelParams(patch_size=16, embed_dim=192, depth=1, num_heads=3), class_token=True)
+    assert equal(method.encoder.eval().tokens(images()), other.forward_features(images())) and method.normalization == dict(mean=HALF, std=HALF)
+    assert not hasattr(method, "loss_on")
+
+
+def test_imported_at_another_size(tmp_path):
+    theirs = vit()
+    torch.save(theirs.state_dict(), tmp_path/"a.pth")
+    method = imported(tmp_path/"a.pth", image_size=48, class_token=True)
+    theirs.set_input_size(48)
+    assert equal(method.encoder.eval().tokens(images(48)), theirs.forward_features(images(48))) and "resampled" in method.source["positions"]
+
+
+def test_imported_tuned_without_final_norm_survives_the_folder(tmp_path):
+    run_folder(tmp_path/"tuned", final_norm=False)
+    method = imported(tmp_path/"tuned")
+    save_encoder(tmp_path/"again", method.encoder, dict(image_size=32, model=SHAPE.model_dump(), form=EncoderForm().model_dump(), **method.normalization))
+    again, config = load_encoder(tmp_path/"again")
+    assert config["final_norm"] is False and equal(again.eval().pooled(images()), method.encoder.eval().pooled(images()))
+
+
+@pytest.mark.parametrize("change, line", [
+    (dict(embed_dim=96, num_heads=6), "model.embed_dim is 96, the weights have 48: set model.embed_dim to 48"),
+    (dict(depth=3), "model.depth is 3, the weights have 2: set model.depth to 2"), (dict(patch_size=4), "model.patch_size is 4, the weights have 8"),
+    (dict(num_heads=2), "model.num_heads is 2, the weights have 3"), (dict(mlp_ratio=2.), r"model.mlp_ratio is 2.0, the weights have 4.0"),
+    (dict(class_token=True), "method.imported.class_token is true, the weights have none: set it to false")])
+def test_imported_of_another_shape(tmp_path, change, line):
+    run_folder(tmp_path/"run")
+    token = dict(class_token=change.pop("class_token")) if "class_token" in change else {}
+    with pytest.raises(ValueError, match=line) as e: imported(tmp_path/"run", SHAPE.model_copy(update=change), **token)
+    assert "method.imported.weights" in str(e.value) and str(e.value).count("\n") == (2 if "embed_dim" in change else 1)
