@@ -276,7 +276,10 @@ def html(
 # %% ../nbs/notebooks.ipynb #c051
 def check():
     "Refuse a `params.yaml` with a fault, or one whose data is not there, before a stage removes earlier results."
-    data = load_params().data
+    p = load_params()
+    data, segment = p.data, p.segment
+    if segment.encoders and not (project_root()/segment.path).exists():
+        raise FileNotFoundError(f"segment.path {segment.path} does not exist: put a folder or zip of images/ and masks/ there, or empty segment.encoders")
     if not (project_root()/data.path).exists():
         raise FileNotFoundError(f"data.path {data.path} does not exist: put the archives of {data.name!r} there (README, \"The real sets\"), or fetch the sample with `dvc pull data.dvc`")
 

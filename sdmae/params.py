@@ -152,6 +152,7 @@ class SDMAEParams(MaskedParams):
     mask_ratio:float = Field(0.6, gt=0, lt=1)
     target_norm:Literal["joint","channel","none"] = "channel"
     head:HeadParams = HeadParams()
+    views:ViewParams = ViewParams(scale=(0.08, 1.), interpolation="bilinear", hflip=False)
     loss_weight:float = Field(0.2, ge=0, le=1)          # p in L = p·L_sd + (1 − p)·L_mse
     student_temp:float = Field(0.1, gt=0)
     teacher_temp:float = Field(0.04, gt=0)
@@ -228,7 +229,7 @@ class PretrainParams(Section):
     "Budget of pre-training, the same for every method."
     epochs:int = Field(ge=1)
     batch_size:int = Field(ge=2)                        # images between two optimiser steps
-    accumulate:int = Field(1, ge=1)                     # equal parts a batch is split into; SD-MAE's centre moves once a part
+    accumulate:int = Field(1, ge=1)                     # equal parts a batch is split into
     watch_every:int = Field(ge=1)                       # epochs between kNN, RankMe and reconstructions
     checkpoint_minutes:float = Field(2., ge=0)          # at least so long between two checkpoints
 
@@ -253,7 +254,7 @@ class FinetuneParams(Section):
     "End-to-end fine-tuning, and supervised training from scratch."
     labels:list[Labels] = Field(["all"], min_length=1)
     subsets:int = Field(1, ge=1)                        # random draws of each number of labels
-    frozen:bool = False                                 # only the head learns: LayerNorm, BatchNorm without affine, linear
+    frozen:bool = False                                 # only a linear map learns, behind LayerNorm and BatchNorm without parameters
     pool:Literal["mean","token"] = "mean"               # of the patch tokens, or the class token
     epochs:int = Field(ge=1)                            # passes over all labels of the training split
     min_steps:int = Field(0, ge=0)                      # at least so many optimiser steps, where labels are few
@@ -325,6 +326,8 @@ class Params(Section):
         check_patches(self)
         if "random" not in self.methods: raise ValueError("methods must list random: it is the null, and supervised training starts from it")
         if "finetune" not in self.protocols: raise ValueError("protocols must list finetune: supervised training from scratch is its null")
+        for key, values in dict(methods=self.methods, seeds=self.seeds, protocols=self.protocols).items():
+            if len(set(values)) < len(values): raise ValueError(f"{key} lists something twice: {values}")
         for name in self.methods: check_method(self, name)
         for name in self.protocols: check_protocol(self, name)
         check_segment(self)
@@ -339,6 +342,7 @@ def check_patches(p):
 
 def check_method(p, name):
     "Raises `ValueError` where a listed method has no section, or a mask leaves no visible or no masked token."
+    if name in ("supervised", "histogram"): raise ValueError(f"methods: {name} is the name of a baseline that always runs; call the variant otherwise")
     try: section = p.method.section(name)
     except ValueError as e: raise ValueError(f"methods: {e}") from None
     if section is None: raise ValueError(f"methods lists {name!r}, but there is no section method.{name}")
@@ -367,6 +371,7 @@ def check_segment(p):
     if bad := [b for b in s.blocks if not 0 <= b < p.model.depth]: raise ValueError(f"segment.blocks: there is no block {bad[0]} in an encoder of {p.model.depth} blocks (0 to {p.model.depth-1})")
     if sorted(set(s.blocks)) != s.blocks: raise ValueError(f"segment.blocks must rise, got {s.blocks}")
     if s.image_size % p.model.patch_size: raise ValueError(f"segment.image_size {s.image_size} is not divisible by model.patch_size {p.model.patch_size}")
+    if p.model.patch_size & (p.model.patch_size - 1): raise ValueError(f"model.patch_size {p.model.patch_size}: segmentation needs a power of two")
     if s.image_size % 32: raise ValueError(f"segment.image_size {s.image_size} is not divisible by 32, the coarsest map of the decoder")
     if s.stride > s.image_size: raise ValueError(f"segment.stride {s.stride} leaves gaps between windows of {s.image_size} px")
 

@@ -62,7 +62,7 @@ def run_step(method:SDMAE, images:Tensor, mask:Tensor)->dict:
     out = method.forward_masked(x, visible, masked)
     student, teacher = method.views_of_visible(out["encoded"], out["decoded"], visible.shape[1])
     parts = method.loss_on(x, visible, masked)
-    method.zero_grad(); parts["loss"].backward()
+    method.zero_grad(); parts["loss"].backward(); method.after_step()
     return dict(pred=out["pred"], target=method.target(x, masked), student=student, teacher=teacher, loss_mse=parts["loss_mse"],
                 loss_distill=parts["loss_distill"], loss=parts["loss"], center=method.center.clone())
 

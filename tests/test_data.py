@@ -13,6 +13,8 @@ from sklearn.preprocessing import StandardScaler
 from sdmae.data.sample import CENTRES, TEST_CENTRE, make_sample, make_tile
 from sdmae.data.sources import NCT_CLASSES, Record, Source, open_source, quotas
 from sdmae.data.store import TileStore, contact_sheet, fit, prepare, sha256
+from sdmae.evaluate.features import colour_histogram
+from sdmae.evaluate.linear import fit_linear
 from sdmae.params import DataParams
 
 ROOT = Path(__file__).parents[1]
@@ -213,6 +215,27 @@ def test_folder_of_train_and_test_draws_valid_from_train(tmp_path):
     put(tmp_path, {**tiles(10, "ab", "train/"), **tiles(5, "ab", "test/")})
     assert by_split(open_source(params(tmp_path))) == {"train":16, "valid":4, "test":10}
 
+def test_natural_images_in_imagenets_layout(tmp_path):
+    "Photographs of many shapes, train/<wordnet id>/*.JPEG: read, fitted to squares, and told apart by a colour histogram."
+    from sklearn.datasets import load_sample_images
+    rng = np.random.default_rng(0)
+    for wnid, photo in zip(("n00000001", "n00000002"), load_sample_images().images):
+        for i in range(24):
+            h, w = rng.integers(80, 200, 2); y, x = rng.integers(0, photo.shape[0]-h), rng.integers(0, photo.shape[1]-w)
+            b = io.BytesIO(); Image.fromarray(photo[y:y+h, x:x+w]).save(b, "JPEG")
+            put(tmp_path, {f"{'test' if i >= 16 else 'train'}/{wnid}/{wnid}_{i}.JPEG": b.getvalue()})
+    data = params(tmp_path, image_size=32)
+    store = prepare(open_source(data), tmp_path/"prepared", data)
+    x, y = {}, {}
+    for split in ("train", "valid", "test"):
+        i = store.indices(split); x[split], y[split] = colour_histogram(store, i), store.targets(i).numpy()
+    probe = fit_linear(x["train"], y["train"], x["valid"], y["valid"], 2)
+    assert store.classes == ["n00000001", "n00000002"] and (probe.predict_proba(x["test"]).argmax(1) == y["test"]).mean() > 0.8
+
+def test_train_and_val_alone_say_what_to_do(tmp_path):
+    put(tmp_path, {**tiles(10, "ab", "train/"), **tiles(5, "ab", "val/")})
+    with pytest.raises(ValueError, match="the split 'test' is empty.*name val test"): open_source(params(tmp_path))
+
 @pytest.mark.parametrize("suffix, form", [("png","PNG"), ("JPG","JPEG"), ("jpeg","JPEG"), ("tif","TIFF"), ("tiff","TIFF"), ("bmp","BMP")])
 def test_folder_formats(tmp_path, suffix, form):
     put(tmp_path, tiles(6, "ab", "", suffix, form))
@@ -386,7 +409,7 @@ def test_not_square(tmp_path):
     source, data = noise_source(12, (20,30,3))
     store = prepare(source, tmp_path/"out", params("x", image_size=20))
     assert (store.tiles == data[:,:,5:25]).all() and store.manifest["notes"] == ["warning: 12 of 12 tiles were not square; their centre was kept"]
-    with pytest.raises(ValueError, match="0.png: 50×20 px cannot be squared"): prepare(noise_source(6, (20,50,3))[0], tmp_path/"out", params("x"))
+    with pytest.raises(ValueError, match="0.png: 50×12 px cannot be squared"): prepare(noise_source(6, (12,50,3))[0], tmp_path/"out", params("x"))
 
 def test_fit_against_torchvision():
     from torchvision.transforms import v2

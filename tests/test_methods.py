@@ -99,11 +99,25 @@ def test_every_switch_trains(switch):
     losses = []
     for _ in range(20):
         loss = m.loss_on(x, *ids)["loss"]; losses.append(loss.item())
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        optimizer.zero_grad(); loss.backward(); optimizer.step(); m.after_step()
     assert losses[-1] < losses[0]
     assert m.center.norm() > 0
-    before = m.center.clone(); m.eval().loss_on(x, *ids)
+    before = m.center.clone(); m.eval().loss_on(x, *ids); m.after_step()
     assert torch.equal(m.center, before)
+
+
+@pytest.mark.parametrize("center_on", ["probs", "logits"])
+def test_accumulation_moves_the_centre_once(center_on):
+    "Two unequal parts of a batch move the centre as the whole batch does."
+    torch.manual_seed(0)
+    m = SDMAE(SDMAEParams(decoder=DECODER, optim=OPTIM, center_on=center_on, head=HeadParams(hidden_dim=32, bottleneck_dim=16, out_dim=64)), SHAPE, 48)
+    x, (v, k) = torch.rand(8, 3, 48, 48), m.draw_mask(8, "cpu")
+    m.loss_on(x, v, k); m.after_step()
+    whole = m.center.clone(); m.center.zero_()
+    for part in (slice(0, 3), slice(3, 8)): m.loss_on(x[part], v[part], k[part])
+    assert m.center.norm() == 0
+    m.after_step()
+    assert whole.norm() > 0 and torch.allclose(m.center, whole, atol=1e-6)
 
 
 def test_distill_token_equals_mean_for_one_visible_token():

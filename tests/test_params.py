@@ -33,7 +33,8 @@ def edit(path, value):
     ("method.sdmae.center_on", "prob", "method.sdmae.center_on"),
     ("method.sdmae.views.scale", [0.5, 0.2], "scale must rise"),
     ("methods", ["random", "sdmea"], "methods: unknown method 'sdmea'"),
-    ("methods", [], "methods"),
+    ("methods", [], "methods"), ("methods", ["random", "mae", "mae"], "methods lists something twice"), ("seeds", [0, 0], "seeds lists something twice"),
+    ("methods", ["random", "supervised"], "supervised is the name of a baseline"),
     ("data.adapter", "pcamm", "data.adapter"),
     ("device", 3, "device"), ("device", "cdua", "device"),
     ("probe.labels", [], "probe.labels"), ("probe.labels", [0], "probe.labels"), ("finetune.labels", [1.5], "finetune.labels"),
@@ -64,7 +65,7 @@ def test_files_are_named(tmp_path):
 def test_every_group_composes(group):
     "Each file of a group gives valid parameters, with the model that fits the tiles."
     for file in sorted((CONF/group).glob("*.yaml")):
-        fits = {"nct": ["model=vit_small_16"], "nct8": ["model=vit_small_16"], "vit_small_16": ["data=nct"], "vit_small_8": ["data=pcam"], "mae": ["methods=[random,mae]"]}
+        fits = {"vit_tiny_16": ["data=nct"], "vit_base_16": ["data=nct"], "nct": ["model=vit_small_16"], "nct8": ["model=vit_small_16"], "vit_small_16": ["data=nct"], "vit_small_8": ["data=pcam"], "mae": ["methods=[random,mae]"]}
         parse_params(compose([f"{group}={file.stem}", *fits.get(file.stem, [])]), where=file.name)
 
 
@@ -77,8 +78,8 @@ def test_params_yaml_is_the_composition_of_conf():
 def test_a_variant_is_its_method_with_changes():
     values = compose(["experiment=ablation"])
     m = parse_params(values).method
-    assert m.of("sdmae_dino") == "sdmae" and m.changes("sdmae_decoder4") == {"decoder.depth": 4}
-    assert m.section("sdmae_decoder4").model_dump() == m.sdmae.model_copy(update=dict(decoder=m.sdmae.decoder.model_copy(update=dict(depth=4)))).model_dump()
+    assert m.of("sdmae_dino") == "sdmae" and m.changes("sdmae_decoder8") == {"decoder.depth": 8}
+    assert m.section("sdmae_decoder8").model_dump() == m.sdmae.model_copy(update=dict(decoder=m.sdmae.decoder.model_copy(update=dict(depth=8)))).model_dump()
 
 
 @pytest.mark.parametrize("variant, words", [
@@ -114,6 +115,7 @@ def test_every_experiment_composes(overrides): parse_params(compose(overrides))
 def test_sdmae_as_released(experiment, data, classes_dropped):
     p = parse_params(compose([f"experiment={experiment}"]))
     s, f, l = p.method.sdmae, p.finetune, p.linear_sgd
+    assert p.protocols == ["finetune", "linear_sgd"]
     assert (p.data.adapter, p.data.drop_classes, p.image_size, p.patches()) == (data, classes_dropped, 224, 196)
     assert (p.model.patch_size, p.model.embed_dim, p.model.depth, p.model.num_heads, p.model.mlp_ratio) == (16, 384, 12, 6, 4)
     assert (s.decoder.embed_dim, s.decoder.depth, s.decoder.num_heads) == (192, 4, 3)
@@ -123,7 +125,7 @@ def test_sdmae_as_released(experiment, data, classes_dropped):
     # pre-training
     assert (p.pretrain.epochs, p.pretrain.batch_size, round(s.optim.warmup*p.pretrain.epochs)) == (100, 1024, 5)
     assert s.optim.lr(p.pretrain.batch_size) == pytest.approx(2.4e-3, rel=1e-12) and (s.optim.min_lr, s.optim.betas, s.optim.weight_decay) == (1e-5, (0.9, 0.999), 0.05)
-    assert (s.views.scale, s.views.hflip, s.views.vflip, s.views.rot90, s.views.od_jitter, s.views.color_jitter) == ((0.08, 1.0), False, False, False, 0, 0)
+    assert s.views.interpolation == "bilinear" and (s.views.scale, s.views.hflip, s.views.vflip, s.views.rot90, s.views.od_jitter, s.views.color_jitter) == ((0.08, 1.0), False, False, False, 0, 0)
     # fine-tuning
     assert (f.epochs, f.batch_size, f.optim.name, f.optim.lr(f.batch_size)) == (100, 1024, "adamw", pytest.approx(4e-3, rel=1e-12))
     assert (f.optim.betas, f.optim.weight_decay, f.optim.min_lr, round(f.optim.warmup*f.epochs), f.layer_decay, f.drop_path) == ((0.9, 0.999), 0.05, 1e-6, 5, 0.75, 0.1)
@@ -133,9 +135,16 @@ def test_sdmae_as_released(experiment, data, classes_dropped):
     assert l.optim.lr(l.batch_size) == pytest.approx(0.2, rel=1e-12) and l.views.hflip and not l.views.vflip and l.pool == "mean"
 
 
+def test_the_other_sizes_of_the_release():
+    ex, tiny, eight = (parse_params(compose([f"experiment=sdmae_pcam{e}"])) for e in ("_ex", "_tiny", "8"))
+    shape = lambda p: (p.image_size, p.model.patch_size, p.model.embed_dim, p.model.depth, p.model.num_heads, *p.method.sdmae.decoder.model_dump().values())
+    assert shape(ex) == (224, 16, 384, 12, 6, 192, 8, 3) and shape(tiny) == (224, 16, 192, 12, 3, 192, 2, 2) and shape(eight) == (96, 8, 384, 12, 6, 192, 4, 3)
+
+
 def test_mae_as_released():
     p = parse_params(compose(["experiment=mae_nct"]))
     m, f, l = p.method.mae, p.finetune, p.linear_sgd
+    assert p.protocols == ["finetune", "linear_sgd"]
     assert (int(m.mask_ratio*p.patches()), m.class_token, m.pos_embed, m.target_norm) == (147, True, "sincos2d", "joint")
     assert (m.decoder.embed_dim, m.decoder.depth, m.decoder.num_heads) == (512, 8, 16)
     assert (p.pretrain.epochs, p.pretrain.batch_size, round(m.optim.warmup*p.pretrain.epochs), m.optim.betas) == (800, 4096, 40, (0.9, 0.95))

@@ -15,6 +15,7 @@ ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.envi
        "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b.c", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b.c"}
 TINY = """data.limit=90 data.image_size=32 model.embed_dim=24 model.depth=2 model.num_heads=2
 pretrain.epochs=1 pretrain.batch_size=32 pretrain.watch_every=1 probe.labels=[30,all] probe.neighbours=[1,5] probe.C=[0.01,1.0]
+methods=[random,mae,sdmae,sdmae_detach] +method.sdmae_detach={of:sdmae,detach_teacher:true} probe.subsets=2
 finetune.labels=[30,all] finetune.epochs=1 finetune.min_steps=2 finetune.batch_size=32
 report.bootstrap=20 report.tsne_tiles=60 device=cpu precision=float32""".split()
 
@@ -108,6 +109,7 @@ def test_the_report_says_what_it_is_made_on(work):
     folder = work/"reports"/"comparison"
     page = (folder/"index.html").read_text()
     assert "synthetic sample" in page and "<img" in page and list(folder.glob("*.md")) and list(folder.glob("*.csv")) and list(folder.glob("*.png"))
+    assert "What each switch does" in page and (folder/"ablation_sdmae.png").is_file()
     assert (work/"reports"/"data"/"contact_sheet.png").is_file() and json.loads((work/"metrics"/"data.json").read_text())["counts"]
 
 
@@ -136,6 +138,20 @@ def test_again_does_nothing(work):
 def test_a_parameter_of_sdmae_reruns_no_mae(work):
     edit_params(work, method__sdmae__loss_weight=0.35)
     assert repro(work, "--dry") == ["check"] + [f"pretrain@sdmae-{s}" for s in params(work)["seeds"]]
+    sh(work, "dvc", "repro", "check") # it resolves variants
+    assert repro(work, "--dry") == [f"pretrain@{m}-{s}" for m in ("sdmae", "sdmae_detach") for s in params(work)["seeds"]]
+
+
+def test_a_parameter_of_a_variant_reruns_the_variant(work):
+    edit_params(work, method__sdmae_detach__center_on="logits")
+    assert repro(work, "--dry") == ["check"] + [f"pretrain@sdmae_detach-{s}" for s in params(work)["seeds"]]
+
+
+def test_an_edit_of_a_method_reruns_what_loads_it(work):
+    saved(work/"nbs"/"methods"/"sdmae.ipynb", code="#| export\nEDITED = True")
+    sh(work, "nbdev_export")
+    sh(work, "dvc", "repro", "check")
+    assert repro(work, "--dry") == [f"pretrain@{m}-{s}" for m in ("sdmae", "sdmae_detach") for s in params(work)["seeds"]]
 
 
 def test_the_budget_reruns_every_pretraining_and_no_preparation(work):

@@ -350,9 +350,9 @@ def test_segmentation_stands_apart(tmp_path):
 
 
 def test_watched_shows_what_there_is(named):
-    made = {("sdmae_p0", 0): dict(last=dict(rankme=3., kl=None), note="collapsed"), ("mae", 1): dict(last=dict(rankme=31.4159), note=None), ("random", 0): dict(last=None, note=None)}
+    made = {("sdmae_p0", 0): dict(last=dict(rankme=3., kl=None), notes=["collapsed: all of it", "flat: too"]), ("mae", 1): dict(last=dict(rankme=31.4159), notes=[]), ("random", 0): dict(last=None, notes=[])}
     table = tb.watched_table(made)
-    assert table.to_dict("list") == {"method": ["MAE","SD-MAE, loss_weight 0"], "seed": [1,0], "RankMe": ["31.4","3"], "note": ["","collapsed"]}
+    assert table.to_dict("list") == {"method": ["MAE","SD-MAE, loss_weight 0"], "seed": [1,0], "RankMe": ["31.4","3"], "warnings": ["","collapsed; flat"]}
 
 
 def test_written_tables_hold_the_further_ones(campaign, named, tmp_path):

@@ -380,7 +380,7 @@ def check_splits(
     counts, notes = Counter((r.split, r.label) for r in records), []
     for s in SPLITS:
         lacking = [c for c in classes if not counts[s,c]]
-        if len(lacking) == len(classes): raise ValueError(f"{place}: the split {s!r} is empty. Give it tiles; a valid split that is missing is drawn from train by data.valid_fraction, given enough tiles.")
+        if len(lacking) == len(classes): raise ValueError(f"{place}: the split {s!r} is empty. Give it tiles; where a set comes as train and val only, name val test: a valid split that is missing is drawn from train by data.valid_fraction.")
         if lacking and s == "train": raise ValueError(f"{place}: class {lacking[0]!r} has no tile in train. Add some, or name it in data.drop_classes.")
         if len(lacking) == len(classes) - 1: raise ValueError(f"{place}: the split {s!r} has one class only, scores need two. Add tiles of {', '.join(lacking[:3])}.")
         if lacking: notes.append(f"warning: {s} has no tile of {', '.join(lacking)}")

@@ -27,10 +27,10 @@ def fit(
     crop:int|None,    # px of the centre crop before resizing; None: the short side
     path:str          # for the error
 )->np.ndarray:        # (image_size, image_size, 3) uint8
-    "Centre square of `tile`, resized (bicubic, antialiased); `ValueError` if it is smaller than `crop`, longer than 2:1 or not RGB bytes."
+    "Centre square of `tile`, resized (bicubic, antialiased); `ValueError` if it is smaller than `crop`, longer than 4:1 or not RGB bytes."
     if tile.ndim != 3 or tile.shape[2] != 3 or tile.dtype != np.uint8: raise ValueError(f"{path}: {tile.dtype} {tile.shape}, expected uint8 (H, W, 3).")
     h, w = tile.shape[:2]
-    if max(h,w) > 2*min(h,w): raise ValueError(f"{path}: {w}×{h} px cannot be squared without losing more than half. Cut it into tiles first.")
+    if max(h,w) > 4*min(h,w): raise ValueError(f"{path}: {w}×{h} px cannot be squared without losing more than three quarters. Cut it into tiles first.")
     side = crop or min(h,w)
     if side > min(h,w): raise ValueError(f"{path}: {w}×{h} px is smaller than data.crop = {side}. Lower it, or set it to null.")
     top, left = (h-side)//2, (w-side)//2
@@ -217,13 +217,24 @@ def subset(self:TileStore,
     return np.sort(np.concatenate(drawn))
 
 # %% ../../nbs/data/store.ipynb #c033
+@patch
+def check_labels(self:TileStore,
+    labels:list, # as in the parameters: tiles, shares, "all"
+    where:str    # the parameter, named in the error
+):
+    "Raises `ValueError` where training tiles do not suffice."
+    for n in labels:
+        try: self.subset("train", None if n == "all" else n, 0)
+        except ValueError as e: raise ValueError(f"{where} lists {n}. {e}") from None
+
+# %% ../../nbs/data/store.ipynb #c036
 def free_bytes(
     device:torch.device
 )->int:
     "Memory that is free on a device, bytes."
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
-# %% ../../nbs/data/store.ipynb #c034
+# %% ../../nbs/data/store.ipynb #c037
 @patch
 def to(self:TileStore,
     device:str|torch.device,
@@ -238,7 +249,7 @@ def to(self:TileStore,
         for i in range(0, n, 1024): new.resident[i:i+1024] = torch.from_numpy(self.tiles[i:i+1024].copy()).to(device).permute(0,3,1,2)
     return new
 
-# %% ../../nbs/data/store.ipynb #c035
+# %% ../../nbs/data/store.ipynb #c038
 @patch
 def batch(self:TileStore,
     idx        # (B,) rows: array, list or tensor
@@ -248,7 +259,7 @@ def batch(self:TileStore,
     idx = idx.cpu().numpy() if isinstance(idx, Tensor) else np.asarray(idx)
     return torch.from_numpy(self.tiles[idx]).to(self.device, non_blocking=True).permute(0,3,1,2).contiguous()
 
-# %% ../../nbs/data/store.ipynb #c038
+# %% ../../nbs/data/store.ipynb #c041
 def montage(
     store:TileStore, split:str,
     n:int, rng:np.random.Generator
@@ -261,7 +272,7 @@ def montage(
         for j,i in enumerate(rng.permutation(rows)[:n]): out[c,:,j] = store.tiles[i]
     return out.reshape(len(store.classes)*size, n*size, 3)
 
-# %% ../../nbs/data/store.ipynb #c039
+# %% ../../nbs/data/store.ipynb #c042
 def contact_sheet(
     store:TileStore,
     n:int=8,         # training tiles a class; half as many test tiles

@@ -32,8 +32,8 @@ class Classifier(nn.Module):
         self.mean, self.std, self.smoothing, self.frozen = mean, std, params.label_smoothing, params.frozen
         if self.frozen:
             encoder.requires_grad_(False)
-            encoder.fc_norm.requires_grad_(True)
             encoder.head = nn.Sequential(nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6), encoder.head.requires_grad_(True))
+            nn.init.trunc_normal_(encoder.head[1].weight, std=0.01)
         mixing = params.mixup > 0 or params.cutmix > 0
         self.mix = Mixup(params.mixup, params.cutmix, label_smoothing=self.smoothing, num_classes=encoder.num_classes) if mixing else None
 
@@ -69,7 +69,7 @@ def decay_groups(
 )->list[dict]: # parameter groups with `lr_scale`
     "timm's layer-wise groups of what learns; no weight decay on biases and norms."
     if params.frozen: return [dict(params=[p for p in classifier.parameters() if p.requires_grad], weight_decay=params.optim.weight_decay)]
-    groups = param_groups_layer_decay(classifier.encoder, params.optim.weight_decay, layer_decay=params.layer_decay)
+    groups = param_groups_layer_decay(classifier.encoder, params.optim.weight_decay, classifier.encoder.no_weight_decay(), layer_decay=params.layer_decay)
     return [g for g in groups if g["params"]]
 
 # %% ../../nbs/evaluate/finetune.ipynb #c011

@@ -31,11 +31,13 @@ def distill_loss(
 class SDMAE(MaskedAutoencoder):
     "Self-distillation augmented masked autoencoder; the defaults of its parameters are the authors' release."
     projection_bias = False
+    no_weight_decay = ("decoder.mask_token",)
     def __init__(self, params:SDMAEParams, model:ModelParams, image_size:int):
         super().__init__(params, model, image_size)
         self.student_head = DistillHead(model.embed_dim, params.head)
         self.teacher_head = DistillHead(params.decoder.embed_dim, params.head)
         self.register_buffer("center", torch.zeros(params.head.out_dim))
+        self.noted = [] # what the centre moves by when the step ends
 
 # %% ../../nbs/methods/sdmae.ipynb #c008
 @patch(as_prop=True)
@@ -72,16 +74,25 @@ def views_of_visible(self:SDMAE,
 # %% ../../nbs/methods/sdmae.ipynb #c010
 @patch
 @torch.no_grad()
-def update_center(self:SDMAE,
+def note_center(self:SDMAE,
     teacher:Tensor, # (..., K) scores
     probs:Tensor    # (..., K) probabilities
 ):
-    "c ← m·c + (1 − m)·mean, over the batch of all processes; evaluation leaves it alone."
-    if not self.training: return
-    new = (probs if self.params.center_on == "probs" else teacher).flatten(0, -2).mean(0)
+    "Keep what the centre will move by, until the step ends; evaluation leaves it alone."
+    rows = (probs if self.params.center_on == "probs" else teacher).flatten(0, -2)
+    if self.training: self.noted.append((rows.sum(0), len(rows)))
+
+@patch
+@torch.no_grad()
+def after_step(self:SDMAE):
+    "c ← m·c + (1 − m)·mean, once an optimiser step, over its whole batch: all parts of an accumulation and all processes."
+    if not self.noted: return
+    total, n = (sum(o) for o in zip(*self.noted))
+    new = total / n
     if dist.is_initialized():
         dist.all_reduce(new); new /= dist.get_world_size()
     self.center.lerp_(new.to(self.center.dtype), 1 - self.params.center_momentum)
+    self.noted = []
 
 # %% ../../nbs/methods/sdmae.ipynb #c011
 @patch
@@ -89,13 +100,13 @@ def loss_on(self:SDMAE,
     x:Tensor,       # (B, 3, H, W) in [0, 1]
     visible:Tensor, masked:Tensor
 )->dict:            # loss, loss_mse, loss_distill; teacher_entropy and kl in nats, center_norm, structure_r2
-    "L = p·L_sd + (1 − p)·L_mse; moves the centre after the loss."
+    "L = p·L_sd + (1 − p)·L_mse; the centre moves in `after_step`."
     c, out = self.params, self.forward_masked(x, visible, masked)
     pred, target = widen(out["pred"]), self.target(x, masked)
     mse = (pred - target).square().mean()
     student, teacher = self.views_of_visible(out["encoded"], out["decoded"], visible.shape[1])
     sd, probs = distill_loss(student, teacher, self.center, c.student_temp, c.teacher_temp)
-    self.update_center(teacher, probs)
+    self.note_center(teacher, probs)
     entropy = -(probs * probs.clamp(min=1e-12).log()).sum(-1).mean()
     return dict(loss=c.loss_weight*sd + (1-c.loss_weight)*mse, loss_mse=mse, loss_distill=sd,
                 teacher_entropy=entropy.detach(), kl=(sd - entropy).detach(), center_norm=self.center.norm(), structure_r2=structure_r2(pred, target))

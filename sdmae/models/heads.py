@@ -31,7 +31,8 @@ class DistillHead(nn.Module):
 
     def scores(self, points:Tensor)->Tensor: # (..., bottleneck) → (..., out_dim)
         "Inner products with the unit prototypes."
-        return F.linear(points, F.normalize(self.prototypes, dim=-1))
+        with torch.autocast(points.device.type, enabled=False): # divided by a temperature of 0.04, bfloat16 would not do
+            return F.linear(points.to(self.prototypes.dtype), F.normalize(self.prototypes, dim=-1))
 
     def forward(self,
         tokens:Tensor,      # (B, n, in_dim)

@@ -375,12 +375,12 @@ def ablation_table(
 WATCHED = {"teacher_entropy": "teacher entropy, nats", "kl": "KL, nats", "center_norm": "norm of the centre", "rankme": "RankMe", "structure_r2": "structure R²"}
 
 def watched_table(
-    made:dict # (method, seed) -> what its encoder's configuration says under "made": `last` row of numbers, `note`
+    made:dict # (method, seed) -> what its encoder's configuration says under "made": `last` row of numbers, `notes`
 )->pd.DataFrame: # a row per run that was trained, text; empty where none was
     "What was watched, at the end of each pre-training."
     runs = sorted(made, key=lambda r: (place(r[0], ENCODERS), r[1]))
     numbers = lambda last: {name: f"{last[k]:.3g}" if last.get(k) is not None else "" for k, name in WATCHED.items()}
-    rows = [{"method": ENCODERS.get(m, m), "seed": s} | numbers(last) | {"note": made[m, s].get("note") or ""} for m, s in runs if (last := made[m, s].get("last"))]
+    rows = [{"method": ENCODERS.get(m, m), "seed": s} | numbers(last) | {"warnings": "; ".join(note.split(":")[0] for note in made[m, s].get("notes", []))} for m, s in runs if (last := made[m, s].get("last"))]
     table = pd.DataFrame(rows)
     return table.loc[:, [c for c in table if (table[c] != "").any()]]
 

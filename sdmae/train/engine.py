@@ -31,7 +31,7 @@ def pick_precision(
 )->torch.dtype|None:    # autocast's type, or None
     "`auto`: bfloat16 on GPUs that have it and on CPUs with AMX."
     if name != "auto": return torch.bfloat16 if name == "bfloat16" else None
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else None
 
 def autocast(device:torch.device, dtype:torch.dtype|None):
@@ -93,9 +93,11 @@ def make_optimizer(
     "The optimiser that `optim.name` asks for."
     if optim.name == "adamw": return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, fused=True)
     if optim.name == "sgd": return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, fused=True)
-    return Lars(groups, lr=lr, momentum=optim.momentum)
+    parts = [{**g, "params": [p for p in g["params"] if (p.ndim > 1) == matrices], "always_adapt": matrices} for g in groups for matrices in (True, False)]
+    for g in parts: g["weight_decay"] = g.get("weight_decay", 0.) if g["always_adapt"] else 0.
+    return Lars([g for g in parts if g["params"]], lr=lr, momentum=optim.momentum)
 
-# %% ../../nbs/train/engine.ipynb #c017
+# %% ../../nbs/train/engine.ipynb #c018
 class Trainer:
     "Trains `model` for `epochs` over `batches`; goes on from `checkpoint` where that exists."
     def __init__(self,
@@ -118,11 +120,11 @@ class Trainer:
         self.steps = epochs * len(batches)
         self.warmup = round(optim.warmup * self.steps)
         self.peak = optim.lr(batches.batch_size)
-        groups = groups or param_groups_weight_decay(model, optim.weight_decay)
+        groups = groups or param_groups_weight_decay(model, optim.weight_decay, getattr(model, "no_weight_decay", ()))
         self.optimizer = make_optimizer(groups, optim, self.peak)
         self.step, self.history, self.sums = 0, [], {}
 
-# %% ../../nbs/train/engine.ipynb #c019
+# %% ../../nbs/train/engine.ipynb #c020
 @patch
 def set_lr(self:Trainer)->float: # learning rate of this step
     "Schedule times each group's `lr_scale`."
@@ -134,17 +136,19 @@ def set_lr(self:Trainer)->float: # learning rate of this step
 def train_step(self:Trainer, batch:tuple):
     "Forward and backward of each part, then one optimiser step; adds the parts of the loss to the epoch's sums."
     lr, total = self.set_lr(), {}
-    for part in zip(*(torch.chunk(t, self.accumulate) for t in batch)):
+    parts = max(1, min(self.accumulate, len(batch[0])//2)) # no part of a single image: mixing and BatchNorm need two
+    for part in zip(*(torch.tensor_split(t, parts) for t in batch)):
         with autocast(self.device, self.precision): losses = self.model(*part)
         share = len(part[0]) / len(batch[0])
         (losses["loss"] * share).backward()
         for k, v in losses.items(): total[k] = total.get(k, 0) + v.detach().double() * share
     self.optimizer.step(); self.optimizer.zero_grad(set_to_none=True)
+    if hasattr(self.model, "after_step"): self.model.after_step()
     for k, v in total.items(): self.sums[k] = self.sums.get(k, 0) + v
     self.step += 1
     return lr
 
-# %% ../../nbs/train/engine.ipynb #c021
+# %% ../../nbs/train/engine.ipynb #c022
 @patch
 def log_epoch(self:Trainer, epoch:int, lr:float, images_per_s:float):
     "Close the epoch: means, callbacks' numbers, history. Raises `FloatingPointError` for a loss that is not finite."
@@ -156,7 +160,7 @@ def log_epoch(self:Trainer, epoch:int, lr:float, images_per_s:float):
     self.history.append(row)
     for c in self.callbacks: row |= c.after_epoch(self) or {}
 
-# %% ../../nbs/train/engine.ipynb #c022
+# %% ../../nbs/train/engine.ipynb #c023
 @patch
 def train_epoch(self:Trainer, epoch:int, bar):
     "The rest of one epoch, from the step where the run stands."
@@ -167,13 +171,13 @@ def train_epoch(self:Trainer, epoch:int, bar):
         bar.update(self.batches.batch_size)
         last = i == len(self.batches) - 1
         if not last: self.maybe_checkpoint()
-    if self.device.type == "cuda": torch.cuda.synchronize()
+    if self.device.type == "cuda": torch.cuda.synchronize(self.device)
     seen = (len(self.batches)-first) * self.batches.batch_size
     self.log_epoch(epoch, lr, seen / (time.perf_counter()-start))
     bar.set_postfix(epoch=f"{epoch+1}/{self.epochs}", loss=f"{self.history[-1]['loss']:.4f}", refresh=False)
     self.maybe_checkpoint()
 
-# %% ../../nbs/train/engine.ipynb #c023
+# %% ../../nbs/train/engine.ipynb #c024
 @patch
 def fit(self:Trainer)->list[dict]: # one row of numbers an epoch
     "Train to the end, from the checkpoint if there is one; the checkpoint is removed when the run is complete."

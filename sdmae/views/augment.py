@@ -50,7 +50,7 @@ def rand_augment(
 )->Tensor:
     "timm's RandAugment, image by image."
     fill = tuple(round(255*m) for m in MEAN)
-    augment = rand_augment_transform(policy, dict(translate_const=int(min(x.shape[-2:])*0.45), img_mean=fill))
+    augment = rand_augment_transform(policy, dict(translate_const=int(min(x.shape[-2:])*0.45), img_mean=fill, interpolation=Image.Resampling.BICUBIC))
     images = (x*255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return to_unit(torch.from_numpy(np.stack([np.asarray(augment(Image.fromarray(i))) for i in images])).permute(0, 3, 1, 2).to(x.device))
 
