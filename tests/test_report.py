@@ -311,7 +311,7 @@ def test_ablations_differ_run_by_run(campaign, named):
     few = tb.ablation(df, named, labels="0.01")
     assert set(few.runs) == {6}
     table = tb.ablation_table(df, named)
-    assert list(table.changed) == ["as it stands", "loss_weight: 0.2 → 0", "loss_weight: 0.2 → 0.8", "mask_ratio: 0.6 → 0.75", "decoder.depth: 2 → 1",
+    assert list(table.changed) == ["as it stands", "loss_weight: 0.2 → 0", "loss_weight: 0.2 → 0.8", "mask_ratio: 0.5 → 0.75", "decoder.depth: 2 → 1",
                                    "detach_teacher: false → true", "detach_teacher: false → true, center_on: probs → logits"]
     assert table["kNN, difference"][1] == f"{by_hand.mean():+.3f} ± {by_hand.std(ddof=1):.3f}" and table["kNN, difference"][0] == ""
     assert tb.ablation_table(df[df.encoder != "sdmae"], named)["kNN, difference"].eq("").all(), "without its method a variant has no difference"
@@ -320,7 +320,7 @@ def test_ablations_differ_run_by_run(campaign, named):
 
 def test_variants_are_named_by_what_they_change(named):
     assert list(tb.ENCODERS)[-7:] == ["sdmae", *VARIANTS] and tb.ENCODERS["sdmae_decoder1"] == "SD-MAE, decoder.depth 1"
-    assert named["sdmae_mask75"].defaults == {"mask_ratio": .6}
+    assert named["sdmae_mask75"].defaults == {"mask_ratio": .5}
     twins = {"a": tb.Variant("mae", {"mask_ratio": .5}, {"mask_ratio": .75}), "b": tb.Variant("mae", {"mask_ratio": .5}, {"mask_ratio": .75}), "c": tb.Variant("mae", {}, {})}
     assert [tb.name_variants(twins)[k] for k in twins] == ["MAE, mask_ratio 0.5", "MAE, mask_ratio 0.5 (b)", "MAE (c)"]
     assert [tb.value_text(v) for v in (True, None, 1e-4, (.2, 1.), "logits")] == ["true", "null", "0.0001", "(0.2, 1.0)", "logits"]
@@ -464,7 +464,7 @@ def test_the_ablation_figure_draws_the_numbers(campaign, named):
     df = tb.collect(campaign)
     fig = fg.ablation_figure(df, named, "sdmae", "x")
     names = [t.get_text() for t in fig.axes[0].get_yticklabels()]
-    assert names == ["loss_weight", "0", "0.2 · as it stands", "0.8", "mask_ratio", "0.6 · as it stands", "0.75", "decoder.depth", "1", "2 · as it stands",
+    assert names == ["loss_weight", "0", "0.2 · as it stands", "0.8", "mask_ratio", "0.5 · as it stands", "0.75", "decoder.depth", "1", "2 · as it stands",
                      "detach_teacher", "false · as it stands", "true", "several at once", "detach_teacher true, center_on logits"]
     points = {int(l.get_ydata()[0]): l for l in fig.axes[0].lines if l.get_marker() not in ("", "None")}
     mean = lambda e: np.mean([skill(e, "linear", "all", s, 0) for s in SEEDS])
