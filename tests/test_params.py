@@ -69,6 +69,14 @@ def test_every_group_composes(group):
         parse_params(compose([f"{group}={file.stem}", *fits.get(file.stem, [])]), where=file.name)
 
 
+def test_every_parameter_is_written_out():
+    "What can be set can be seen in params.yaml, and set by -S without a plus sign; only optional sections are left out."
+    values = compose()
+    def missing(full, there, path=""):
+        return [f"{path}{k}" for k in full if k not in there] + [o for k, v in full.items() if isinstance(v, dict) and k in there for o in missing(v, there[k], f"{path}{k}.")]
+    assert missing(parse_params(values).model_dump(), values) == ["linear_sgd", "method.imported"]
+
+
 def test_params_yaml_is_the_composition_of_conf():
     assert yaml.safe_load((CONF.parent/"params.yaml").read_text()) == compose()
 
