@@ -26,7 +26,7 @@ def edit(path, value):
     ("pretrain.epochs", "many", "pretrain.epochs"),
     ("pretrain.accumulate", 7, "is not divisible by accumulate 7"),
     ("model.patch_size", 7, "data.image_size 64 is not divisible by model.patch_size 7"),
-    ("model.num_heads", 5, "embed_dim 192 is not divisible by num_heads 5"),
+    ("model.num_heads", 5, "embed_dim 128 is not divisible by num_heads 5"),
     ("method.mae.decoder.num_heads", 5, "embed_dim 96 is not divisible by num_heads 5"),
     ("method.mae.mask_ratio", 0.001, "method.mae.mask_ratio 0.001 leaves no visible or no masked token of 64"),
     ("method.mae.mask_ratio", 1.0, "method.mae.mask_ratio"),
