@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import torch.distributed as dist
 from fastcore.basics import patch
 from ..params import SDMAEParams, ModelParams
-from ..models.heads import DistillHead
+from ..models.heads import DistillHead, cut_normal
 from ..models.decoders import pixel_target, denormalize, structure_r2
 from .mae import MaskedAutoencoder, widen
 
@@ -38,6 +38,8 @@ class SDMAE(MaskedAutoencoder):
         self.teacher_head = DistillHead(params.decoder.embed_dim, params.head)
         self.register_buffer("center", torch.zeros(params.head.out_dim))
         self.noted = [] # what the centre moves by when the step ends
+        cut_normal(self.decoder.mask_token)
+        self.encoder.patch_embed.proj.reset_parameters() # a convolution in the release, left at torch's own first values
 
 # %% ../../nbs/methods/sdmae.ipynb #c008
 @patch(as_prop=True)
