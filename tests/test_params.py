@@ -74,7 +74,7 @@ def test_every_parameter_is_written_out():
     values = compose()
     def missing(full, there, path=""):
         return [f"{path}{k}" for k in full if k not in there] + [o for k, v in full.items() if isinstance(v, dict) and k in there for o in missing(v, there[k], f"{path}{k}.")]
-    assert missing(parse_params(values).model_dump(), values) == ["linear_sgd", "method.imported"]
+    assert missing(parse_params(values).model_dump(), values) == ["linear_sgd", "method.imported", "method.miram"]
 
 
 def test_params_yaml_is_the_composition_of_conf():
@@ -124,10 +124,10 @@ def test_sdmae_as_released(experiment, data, classes_dropped):
     p = parse_params(compose([f"experiment={experiment}"]))
     s, f, l = p.method.sdmae, p.finetune, p.linear_sgd
     assert p.protocols == ["finetune", "linear_sgd"]
-    assert (p.data.adapter, p.data.drop_classes, p.image_size, p.patches()) == (data, classes_dropped, 224, 196)
+    assert (p.data.adapter, p.data.drop_classes, p.image_size("sdmae"), p.patches("sdmae")) == (data, classes_dropped, 224, 196)
     assert (p.model.patch_size, p.model.embed_dim, p.model.depth, p.model.num_heads, p.model.mlp_ratio) == (16, 384, 12, 6, 4)
     assert (s.decoder.embed_dim, s.decoder.depth, s.decoder.num_heads) == (192, 4, 3)
-    assert int(s.mask_ratio*p.patches()) == 117 and not s.class_token and (s.pos_embed, s.target_norm) == ("sincos1d", "channel")
+    assert int(s.mask_ratio*p.patches("sdmae")) == 117 and not s.class_token and (s.pos_embed, s.target_norm) == ("sincos1d", "channel")
     assert (s.head.hidden_dim, s.head.bottleneck_dim, s.head.out_dim) == (2048, 256, 4096)
     assert (s.loss_weight, s.student_temp, s.teacher_temp, s.center_momentum, s.center_on, s.detach_teacher, s.distill) == (0.2, 0.1, 0.04, 0.9, "probs", False, "mean")
     # pre-training
@@ -145,7 +145,7 @@ def test_sdmae_as_released(experiment, data, classes_dropped):
 
 def test_the_other_sizes_of_the_release():
     ex, tiny, eight = (parse_params(compose([f"experiment=sdmae_pcam{e}"])) for e in ("_ex", "_tiny", "8"))
-    shape = lambda p: (p.image_size, p.model.patch_size, p.model.embed_dim, p.model.depth, p.model.num_heads, *p.method.sdmae.decoder.model_dump().values())
+    shape = lambda p: (p.image_size("sdmae"), p.model.patch_size, p.model.embed_dim, p.model.depth, p.model.num_heads, *p.method.sdmae.decoder.model_dump().values())
     assert shape(ex) == (224, 16, 384, 12, 6, 192, 8, 3) and shape(tiny) == (224, 16, 192, 12, 3, 192, 2, 2) and shape(eight) == (96, 8, 384, 12, 6, 192, 4, 3)
 
 
@@ -153,7 +153,7 @@ def test_mae_as_released():
     p = parse_params(compose(["experiment=mae_nct"]))
     m, f, l = p.method.mae, p.finetune, p.linear_sgd
     assert p.protocols == ["finetune", "linear_sgd"]
-    assert (int(m.mask_ratio*p.patches()), m.class_token, m.pos_embed, m.target_norm) == (147, True, "sincos2d", "joint")
+    assert (int(m.mask_ratio*p.patches("mae")), m.class_token, m.pos_embed, m.target_norm) == (147, True, "sincos2d", "joint")
     assert (m.decoder.embed_dim, m.decoder.depth, m.decoder.num_heads) == (512, 8, 16)
     assert (p.pretrain.epochs, p.pretrain.batch_size, round(m.optim.warmup*p.pretrain.epochs), m.optim.betas) == (800, 4096, 40, (0.9, 0.95))
     assert m.optim.lr(p.pretrain.batch_size) == pytest.approx(2.4e-3, rel=1e-12) and (m.views.scale, m.views.hflip) == ((0.2, 1.0), True)

@@ -12,7 +12,7 @@ from torch import nn
 from ..params import Params
 from ..models.vit import suit_attention
 
-METHODS = dict(random="RandomEncoder", imported="Imported", mae="MAE", sdmae="SDMAE") # module in sdmae.methods → class
+METHODS = dict(random="RandomEncoder", imported="Imported", mae="MAE", sdmae="SDMAE", miram="MIRAM") # module in sdmae.methods → class
 
 # %% ../../nbs/methods/registry.ipynb #c004
 def build_method(
@@ -25,5 +25,5 @@ def build_method(
     torch.manual_seed(seed)
     module = params.method.of(name)
     build = getattr(import_module(f"sdmae.methods.{module}"), METHODS[module])
-    method = build(params.method.section(name), params.model, params.image_size)
+    method = build(params.method.section(name), params.model, params.image_size(name))
     return suit_attention(method, device).to(device)
