@@ -258,7 +258,7 @@ def test_folder_wrong_layout(tmp_path, files):
 
 def test_folder_missing_and_empty(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"): open_source(params(tmp_path/"nowhere"))
-    with pytest.raises(FileNotFoundError, match="no image in it"): open_source(params(put(tmp_path, {"a/readme.txt":b""})))
+    with pytest.raises(FileNotFoundError, match="nothing in it that ends in .png"): open_source(params(put(tmp_path, {"a/readme.txt":b""})))
 
 def test_empty_split_and_untrained_class(tmp_path):
     put(tmp_path/"one", {**tiles(5, "ab", "train/"), **tiles(5, "ab", "valid/")})

@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 
 import h5py, numpy as np, pandas as pd
+from .cbis import cbis
 from .records import Record, SPLITS, SYNTHETIC, Source, draw_share, is_synthetic, list_images, quotas, read_image
 from ..params import DataParams, project_root
 
@@ -191,7 +192,7 @@ def csv(
     return Source(data.name, records, classes, False, [f"read {len(records)} tiles in {len(classes)} classes from {path}"])
 
 # %% ../../nbs/data/sources.ipynb #c029
-ADAPTERS = {"nct":nct, "pcam":pcam, "folder":folder, "csv":csv}
+ADAPTERS = {"nct":nct, "pcam":pcam, "folder":folder, "csv":csv, "cbis":cbis}
 
 # %% ../../nbs/data/sources.ipynb #c031
 def assign_splits(
