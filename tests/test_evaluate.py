@@ -16,8 +16,8 @@ from torch import nn
 from sdmae.evaluate.features import colour_histogram, extract
 from sdmae.evaluate.knn import fit_knn, folds, held_out_scores, knn_probabilities
 from sdmae.evaluate.linear import fit_linear, path_of_fits
-from sdmae.evaluate.statistics import (METRICS, WeightedScores, affordable_draws, bootstrap, bootstrap_units, confusion, draw_scores,
-                                       draw_weights, paired_bootstrap, scores)
+from sdmae.evaluate.statistics import (LABEL_METRICS, METRICS, LabelScores, WeightedScores, affordable_draws, as_released, bootstrap,
+                                       bootstrap_units, confusion, draw_scores, draw_weights, paired_bootstrap, scores)
 
 
 def predictions(n, c, skill=1.5, decimals=None, seed=0):
@@ -191,6 +191,104 @@ def test_many_runs_have_fewer_draws(monkeypatch):
     bootstrap(t, p, n=1000); bootstrap(t, [p]*30, n=1000); paired_bootstrap(t, [p]*20, [p]*50, n=1000); bootstrap(t, [p]*300, n=1000)
     assert seen == [1000, 333, 200, 200] == [affordable_draws(1000, r) for r in (1, 30, 50, 300)]
     assert all(affordable_draws(n, r)*r <= max(10_000, 200*r) and affordable_draws(n, r) <= n for n in (10, 500, 1000) for r in range(1, 60))
+
+
+# scores by label
+
+def several(n, c=5, decimals=None, seed=0):
+    "Multi-hot targets, later labels rarer, some tiles without any, and probabilities; few decimals make ties."
+    rng = np.random.default_rng(seed)
+    t = (rng.random((n, c)) < .5/np.arange(1, c+1)).astype(np.float32)
+    t[:2] = np.eye(2)[:, :1]
+    p = 1/(1 + np.exp(-(rng.normal(size=(n, c)) + 1.5*(t - .5))))
+    return t, p if decimals is None else p.round(decimals)
+
+
+def labels_by_sklearn(y, p, right):
+    "Oracle for one-hot or multi-hot y; labels without positives are left out of the means."
+    there = y.any(0)
+    each = {f"ap_{j}": sk.average_precision_score(y[:,j], p[:,j]) for j in np.flatnonzero(there)}
+    auc = [sk.roc_auc_score(y[:,j], p[:,j]) for j in np.flatnonzero(there & ~y.all(0))]
+    return {"accuracy": right.mean(), "macro_ap": np.mean(list(each.values())), "micro_ap": sk.average_precision_score(y, p, average="micro"),
+            "macro_auc": np.mean(auc), "micro_auc": sk.roc_auc_score(y.ravel(), p.ravel()), **each}
+
+
+@pytest.mark.parametrize("n, c, decimals", [(60,2,None), (300,5,None), (300,5,1), (400,9,1)])
+def test_label_scores_are_sklearns(n, c, decimals):
+    y, p = several(n, c, decimals)
+    got = scores(y, p, LabelScores)
+    assert tuple(got)[:5] == LABEL_METRICS
+    assert got == pytest.approx(labels_by_sklearn(y, p, ((p >= .5) == y).all(1)), abs=1e-9)
+    assert got["accuracy"] == pytest.approx(sk.accuracy_score(y, p >= .5))
+    for mean in ("macro", "micro"):
+        assert got[f"{mean}_ap"] == pytest.approx(sk.average_precision_score(y, p, average=mean), abs=1e-9)
+        assert got[f"{mean}_auc"] == pytest.approx(sk.roc_auc_score(y, p, average=mean), abs=1e-9)
+
+
+@pytest.mark.parametrize("c, decimals", [(2,None), (4,None), (4,1)])
+def test_label_scores_of_classes_are_sklearns_on_one_hot_targets(c, decimals):
+    t, p = predictions(300, c, decimals=decimals)
+    got = scores(t, p, LabelScores)
+    assert got == pytest.approx(labels_by_sklearn(np.eye(c)[t], p, p.argmax(1) == t), abs=1e-9)
+    for k in ("accuracy", "macro_auc"): assert got[k] == pytest.approx(scores(t, p)[k], abs=1e-6 if decimals else 1e-9)
+
+
+def test_a_label_without_positives_is_left_out_of_the_means_only():
+    y, p = several(200)
+    y[:, 3] = 0
+    got = scores(y, p, LabelScores)
+    assert "ap_3" not in got and got == pytest.approx(labels_by_sklearn(y, p, ((p >= .5) == y).all(1)), abs=1e-9)
+    y[:, 1] = 1 # nothing below it: precision, but no AUC
+    got = scores(y, p, LabelScores)
+    assert got["ap_1"] == 1 and got == pytest.approx(labels_by_sklearn(y, p, ((p >= .5) == y).all(1)), abs=1e-9)
+    json.dumps([got, bootstrap(y, p, n=20, scorer=LabelScores)], allow_nan=False)
+
+
+@pytest.mark.parametrize("multi, grouped", [(True,False), (True,True), (False,True)])
+def test_each_draw_is_the_label_score_of_resampled_tiles(multi, grouped):
+    y, p = several(120, decimals=2) if multi else predictions(120, 5, decimals=2)
+    patients = np.arange(120)//7 if grouped else None
+    weighted = LabelScores(y, p)
+    for w in draw_weights(120, 12, patients, seed=3):
+        got = weighted(w)
+        for b in range(w.shape[1]):
+            again = np.repeat(np.arange(120), w[:,b].astype(int))
+            right = ((p >= .5) == y).all(1) if multi else p.argmax(1) == y
+            want = labels_by_sklearn((y if multi else np.eye(5)[y])[again], p[again], right[again])
+            assert {k: got[k][b] for k in want} == pytest.approx(want, abs=1e-6)
+
+
+def test_label_scores_are_compared_on_the_same_draws():
+    y, a = several(200); b = np.clip(a + np.random.default_rng(1).normal(scale=.3, size=a.shape), 0, 1)
+    patients = np.arange(200)//2
+    d = paired_bootstrap(y, a, [a, b], patients, n=60, scorer=LabelScores)
+    for k, s in scores(y, a, LabelScores).items(): assert d[k][0] == pytest.approx((s - scores(y, b, LabelScores)[k])/2)
+    assert all(v == (0,0,0) for v in paired_bootstrap(y, a, a, patients, n=20, scorer=LabelScores).values())
+    found = bootstrap(y, a, patients, n=60, scorer=LabelScores)
+    [drawn] = draw_scores(y, [[a]], patients, 60, 0, LabelScores)
+    assert {*found} == {*LABEL_METRICS, *(f"ap_{j}" for j in range(5))} and found["macro_ap"] == pytest.approx(tuple(np.quantile(drawn["macro_ap"][1:], [.025, .975])))
+    assert found != bootstrap(y, a, n=60, scorer=LabelScores), "patients, not lesions, are drawn"
+
+
+def test_the_release_scores_joined_labels_as_absent():
+    y, p = several(100)
+    got = as_released(y)
+    joined = y.sum(1) > 1
+    assert joined.any() and not got[joined].any() and (got[~joined] == y[~joined]).all() and y[joined].any()
+    assert scores(got, p, LabelScores)["macro_ap"] != scores(y, p, LabelScores)["macro_ap"]
+
+
+@pytest.mark.parametrize("t, p, message", [
+    ([[1,0],[0,1]], [[.5,.5]], r"\(2, 2\) and probabilities \(1, 2\)"),
+    (np.zeros((0,2)), np.zeros((0,2)), "at least one row"),
+    ([[1,0],[0,.5]], [[.5,.5]]*2, "targets, row 1"),
+    ([[1,0],[0,1]], [[.5,.5],[.5,1.5]], "probabilities, row 1.*sigmoid"),
+    ([[1,0],[0,1]], [[.5,np.nan],[.5,.5]], "probabilities, row 0"),
+    ([[1,0],[1,0]], [[.5,.5]]*2, "nothing to score"),
+    ([0,2], [[.5,.5]]*2, "row 1: class 2")])
+def test_bad_label_predictions_are_named(t, p, message):
+    for f in (scores, bootstrap):
+        with pytest.raises(ValueError, match=message): f(t, np.asarray(p), scorer=LabelScores)
 
 
 # choosing within the labelled tiles
