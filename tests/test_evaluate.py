@@ -8,7 +8,8 @@ import torch
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -454,11 +455,72 @@ def test_C_must_be_positive():
     with pytest.raises(ValueError, match="positive"): fit_linear(x, y, x, y, 3, C=[0., 1.])
 
 
+# several labels
+
+def labelled(n, seed=0, noise=1.5):
+    "Features and three labels: two of them joined in one of four classes, the third rare."
+    x, y = blobs(n, 4, noise=noise, seed=seed)
+    return x, np.stack([y == 0, y <= 1, (y == 2) & (x[:,0] > x[:,0].mean())], 1).astype(np.float32)
+
+
+def test_the_probe_of_several_labels_is_sklearns_one_vs_rest():
+    x, y = labelled(300); v, vy = labelled(150, seed=1)
+    probe = fit_linear(x, y, v, vy, 3, C=(1e-3, 1e-2, .1))
+    for c in probe.curve:
+        cold = make_pipeline(StandardScaler(), OneVsRestClassifier(LogisticRegression(C=c["C"], max_iter=1000))).fit(x, y)
+        assert c["macro_ap"] == pytest.approx(sk.average_precision_score(vy, cold.predict_proba(v)), abs=5e-3)
+        if c["C"] == probe.C: assert np.allclose(probe.predict_proba(v), cold.predict_proba(v), atol=5e-3)
+    assert probe.C == max(probe.curve, key=lambda c: c["macro_ap"])["C"] and probe.predict_proba(v).shape == (150, 3)
+    json.dumps(probe.curve)
+
+
+def test_knn_of_several_labels_is_sklearns_regression_on_label_vectors():
+    x, y = labelled(300); v, vy = labelled(150, seed=1)
+    fitted = fit_knn(x, y, v, vy, 3, neighbours=(1, 10, 50))
+    for c in fitted.curve:
+        oracle = KNeighborsRegressor(c["k"], metric="cosine", algorithm="brute", weights=lambda d: np.exp((1-d)/.07)).fit(x, y)
+        p = knn_probabilities(x, y, v, c["k"], 3)
+        assert np.allclose(p, oracle.predict(v), atol=2e-4) and p.min() >= 0 and p.max() <= 1
+        assert c["macro_ap"] == pytest.approx(sk.average_precision_score(vy, p))
+    assert fitted.k == max(fitted.curve, key=lambda c: (c["macro_ap"], c["k"]))["k"]
+    assert np.allclose(fitted.predict_proba(v), knn_probabilities(x, y, v, fitted.k, 3))
+
+
+def test_among_few_labels_each_label_has_folds_of_its_own():
+    x, y = labelled(120, noise=2.5)
+    grid = (1e-3, 1e-2, .1)
+    probe = fit_linear(x, y, None, None, 3, C=grid)
+    for c in probe.curve:
+        cold = make_pipeline(StandardScaler(), LogisticRegression(C=c["C"], max_iter=1000))
+        each = [sk.average_precision_score(label, cross_val_predict(cold, x, label, cv=folds(label.astype(int)), method="predict_proba")[:,1]) for label in y.T]
+        assert c["macro_ap"] == pytest.approx(np.mean(each), abs=.009)
+    knn = fit_knn(x, y, None, None, 3, neighbours=(1, 20))
+    for c in knn.curve:
+        each = []
+        for label in y.T.astype(int):
+            p = np.empty(120)
+            for train, held in folds(label): p[held] = knn_probabilities(x[train], label[train], x[held], c["k"], 2)[:,1]
+            each.append(sk.average_precision_score(label, p))
+        assert c["macro_ap"] == pytest.approx(np.mean(each), abs=1e-6)
+    single = np.zeros((6, 2), int); single[0, 0] = single[1, 1] = 1 # one tile a label: nothing to hold out
+    assert {c["macro_ap"] for c in fit_linear(x[:6], single, None, None, 2, C=[1., .1]).curve} == {None}
+
+
+@pytest.mark.parametrize("fit", [fit_knn, fit_linear])
+def test_unfit_several_labels_are_named(fit):
+    x, y = labelled(60); v, vy = labelled(30, seed=1)
+    with pytest.raises(ValueError, match=r"train: label \[1\] is on no tile or on all"): fit(x, y*[1,0,1], v, vy, 3)
+    with pytest.raises(ValueError, match=r"train: label \[0\] is on no tile or on all"): fit(x, np.maximum(y, [1,0,0]), None, None, 3)
+    with pytest.raises(ValueError, match=r"valid: features \(30, 16\) and classes \(30, 2\)"): fit(x, y, v, vy[:,:2], 3)
+    y[7, 1] = .5
+    with pytest.raises(ValueError, match="train: row 7 has a target that is not 0 or 1"): fit(x, y, v, vy, 3)
+
+
 # features
 
 class Tiles:
-    def __init__(self, n, size=16, seed=0):
-        self.tiles = np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    def __init__(self, n, size=16, seed=0, channels=3):
+        self.tiles = np.random.default_rng(seed).integers(0, 256, (n, size, size, channels), dtype=np.uint8)
     def batch(self, idx): return torch.from_numpy(self.tiles[idx]).permute(0, 3, 1, 2)
 
 
@@ -523,6 +585,15 @@ def test_colour_histogram_is_numpys(bins):
     got = colour_histogram(store, idx, bins, batch_size=2).reshape(3, 3, bins)
     for row, i in zip(got, idx):
         for c in range(3): assert np.allclose(row[c], np.histogram(store.tiles[i,...,c], bins=bins, range=(0,256))[0]/256, atol=1e-7)
+
+
+def test_grey_tiles_are_their_three_equal_channels():
+    grey, three, net = Tiles(6, channels=1), Tiles(6), Net()
+    three.tiles = grey.tiles.repeat(3, axis=3)
+    a, b = (extract(net, store, [4,0,1], (.4,.5,.6), (.2,.3,.1), "cpu") for store in (grey, three))
+    assert np.allclose(a, b, atol=1e-6)
+    h = colour_histogram(grey, [4,0,1], bins=16)
+    assert h.shape == (3, 16) and (np.tile(h, 3) == colour_histogram(three, [4,0,1], bins=16)).all()
 
 
 def test_colour_histogram_names_what_is_wrong():
