@@ -245,7 +245,8 @@ def test_grey_tiles_are_trained_as_their_three_equal_channels(recipe):
 @pytest.mark.parametrize("change, message", [
     (dict(task="margins", mixup=.8), "mixup 0.8: not for a task of several labels; set it to 0"),
     (dict(task="margins", cutmix=1.), "cutmix 1.0: not"), (dict(task="margins", label_smoothing=.1), "label_smoothing 0.1: not"),
-    (dict(select="macro_auc"), "no rows of it; use select: last"), (dict(select="macro_auc", valid=[]), "no rows of it")])
+    (dict(select="macro_auc"), "no rows of it; use select: last"), (dict(select="macro_auc", valid=[]), "no rows of it"),
+    (dict(select="macro_auc", valid=[0, 3, 6]), "all 3 rows of validation have the same label of the task label")])
 def test_recipes_that_do_not_fit_a_task_are_refused(change, message):
     with pytest.raises(ValueError, match=message): tune(**change)
 

@@ -116,8 +116,10 @@ class BestEpoch(Callback):
         store, idx, # labelled rows
         task:str
     ):
+        if idx is None or not len(idx): raise ValueError("select: macro_auc chooses the epoch on validation, but there are no rows of it; use select: last")
         self.store, self.idx, self.best = store, idx, None
-        self.targets = store.targets(idx, task).cpu().numpy()
+        self.targets = t = store.targets(idx, task).cpu().numpy()
+        if (t == t[0]).all(): raise ValueError(f"select: macro_auc: all {len(t)} rows of validation have the same label of the task {task}; use select: last")
 
     def after_epoch(self, trainer):
         model = trainer.model
@@ -147,9 +149,7 @@ def fit_classifier(
     torch.manual_seed(seed); np.random.seed(seed); random.seed(seed)
     device, n_classes = next(encoder.parameters()).device, len(store.task(task).classes)
     if encoder.num_classes != n_classes: raise ValueError(f"task {task} has {n_classes} classes, but the encoder was built with num_classes {encoder.num_classes}")
-    if params.select == "macro_auc":
-        if valid is None or not len(valid): raise ValueError("select: macro_auc chooses the epoch on validation, but there are no rows of it; use select: last")
-        callbacks = (BestEpoch(store, valid, task), *callbacks)
+    if params.select == "macro_auc": callbacks = (BestEpoch(store, valid, task), *callbacks)
     weights = balance(store.targets(idx, task), n_classes) if params.class_weights else None
     classifier = Classifier(encoder, params, mean, std, store.task(task).multi, weights).to(device)
     batches = Batches(store, idx, params.batch_size, seed, targets=task)
