@@ -170,7 +170,7 @@ def test_losses_are_those_by_hand():
     for task in ("label", "margins"):
         t, encoder = Labelled().targets(rows, task), Encoder(32, 8, 24, 2, 2, num_classes=3)
         encoder.head.weight.data.normal_()
-        weights = balance(t, 3)
+        weights = balance(t, list("abc"))
         c = Classifier(encoder, exact, multi=task == "margins", weights=weights).eval()
         z, y = c.logits(c.views(images)).detach().double().numpy(), t.numpy()
         if task == "label":
@@ -252,7 +252,7 @@ def test_recipes_that_do_not_fit_a_task_are_refused(change, message):
 
 
 def test_class_weights_need_every_class():
-    with pytest.raises(ValueError, match="0 of 3 labelled tiles are of class 2.*class_weights: false"): balance(torch.tensor([0, 1, 1]), 3)
-    with pytest.raises(ValueError, match="2 of 2 labelled tiles are of class 1"): balance(torch.tensor([[0., 1.], [1., 1.]]), 2)
+    with pytest.raises(ValueError, match="0 of 3 labelled tiles are of class c.*class_weights: false"): balance(torch.tensor([0, 1, 1]), list("abc"))
+    with pytest.raises(ValueError, match="2 of 2 labelled tiles are of class b"): balance(torch.tensor([[0., 1.], [1., 1.]]), list("ab"))
     with pytest.raises(ValueError, match="task label has 3 classes.*num_classes 2"):
         fit_classifier(Encoder(32, 8, 24, 2, 2, num_classes=2), Labelled(), np.arange(8), RECIPE)

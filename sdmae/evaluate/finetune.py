@@ -73,14 +73,14 @@ def mix_even(
 # %% ../../nbs/evaluate/finetune.ipynb #c008
 def balance(
     targets:Tensor, # (n,) class numbers, or (n, C) with 1 for each label that applies
-    n_classes:int
+    classes:list    # C names
 )->Tensor:          # (C,) float32
     "Weights by frequency; `ValueError` where a class has no tile, or a label is on all tiles or on none."
     multi = targets.ndim == 2
-    counts = targets.sum(0) if multi else torch.bincount(targets, minlength=n_classes)
-    weights = (len(targets) - counts) / counts if multi else len(targets) / (n_classes*counts)
+    counts = targets.sum(0) if multi else torch.bincount(targets, minlength=len(classes))
+    weights = (len(targets) - counts) / counts if multi else len(targets) / (len(classes)*counts)
     bad = torch.nonzero((counts == 0) | (weights == 0)).flatten().tolist()
-    if bad: raise ValueError(f"class_weights: {int(counts[bad[0]])} of {len(targets)} labelled tiles are of class {bad[0]}; take more labels, or set class_weights: false")
+    if bad: raise ValueError(f"class_weights: {int(counts[bad[0]])} of {len(targets)} labelled tiles are of class {classes[bad[0]]}; take more labels, or set class_weights: false")
     return weights.float()
 
 # %% ../../nbs/evaluate/finetune.ipynb #c011
@@ -147,10 +147,10 @@ def fit_classifier(
 )->tuple[Classifier,list[dict]]: # in evaluation mode; one row of numbers an epoch
     "Fine-tune on the given rows; nothing but these and, for `select`, those of `valid` is looked at."
     torch.manual_seed(seed); np.random.seed(seed); random.seed(seed)
-    device, n_classes = next(encoder.parameters()).device, len(store.task(task).classes)
-    if encoder.num_classes != n_classes: raise ValueError(f"task {task} has {n_classes} classes, but the encoder was built with num_classes {encoder.num_classes}")
+    device, classes = next(encoder.parameters()).device, store.task(task).classes
+    if encoder.num_classes != len(classes): raise ValueError(f"task {task} has {len(classes)} classes, but the encoder was built with num_classes {encoder.num_classes}")
     if params.select == "macro_auc": callbacks = (BestEpoch(store, valid, task), *callbacks)
-    weights = balance(store.targets(idx, task), n_classes) if params.class_weights else None
+    weights = balance(store.targets(idx, task), classes) if params.class_weights else None
     classifier = Classifier(encoder, params, mean, std, store.task(task).multi, weights).to(device)
     batches = Batches(store, idx, params.batch_size, seed, targets=task)
     epochs = max(params.epochs, math.ceil(params.min_steps / len(batches)))
