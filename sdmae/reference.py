@@ -59,8 +59,8 @@ def build_sdmae(meta:dict)->SDMAE:
 def build_miram(meta:dict)->MIRAM:
     "MIRAM as `meta` says, in float64. Raises `ValueError` for what the release has not."
     patches, loss = {"masked patches": "masked", "all patches": "all"}, meta["loss"]
-    if meta["target_interpolation"] != "nearest" or len(meta["scales"]) != 2 or meta["layernorm_eps"] != 1e-6:
-        raise ValueError("reference of another form: MIRAM has two scales, a target enlarged by nearest, LayerNorm eps 1e-6")
+    if meta["target_interpolation"] != "nearest" or len(meta["scales"]) != 2 or meta["layernorm_eps"] != 1e-6 or not {loss["low"], loss["high"]} <= patches.keys():
+        raise ValueError("reference of another form: MIRAM has two scales, a target enlarged by nearest, losses of masked patches or all patches, LayerNorm eps 1e-6")
     params = MIRAMParams(
         mask_ratio=meta["mask_ratio"], decoder=DecoderParams(**shape(meta["decoder"])), optim=OptimParams(base_lr=1.),
         scales=meta["scales"], patches=[patches[loss["low"]], patches[loss["high"]]], weights=loss["weights"], target_norm="joint" if meta["norm_pix"] else "none")
@@ -87,12 +87,10 @@ def run_sdmae(method:SDMAE, images:Tensor, mask:Tensor)->dict:
 def run_miram(method:MIRAM, images:Tensor, noise:Tensor)->dict:
     "All outputs of one step; the gradient of the loss is left in the parameters."
     x, (visible, masked) = to_unit(images, torch.float64), split_tokens(noise, method.n_visible)
-    decoded = method.forward_masked(x, visible, masked)["decoded"][:, method.encoder.num_prefix_tokens:]
-    ids, pred = method.forward_scales(x, visible, masked)[method.params.scales[1]]
+    (ids, pred), (fine_ids, fine_pred) = method.forward_scales(x, visible, masked, ["all", "all"]).values()
     loss = method.loss_on(x, visible, masked)["loss"]
     method.zero_grad(); loss.backward()
-    return dict(pred=in_order(method.pixels(decoded), torch.cat([visible, masked], 1)), highres_pred=in_order(pred, ids),
-                mask=torch.zeros_like(noise).scatter(1, masked, 1.), loss=loss)
+    return dict(pred=in_order(pred, ids), highres_pred=in_order(fine_pred, fine_ids), mask=torch.zeros_like(noise).scatter(1, masked, 1.), loss=loss)
 
 # %% ../nbs/reference.ipynb #c014
 METHODS = dict(loss_weight=(build_sdmae, run_sdmae, our_name, "in/mask"),

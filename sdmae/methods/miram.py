@@ -87,11 +87,12 @@ def in_order(
 def forward_scales(self:MIRAM,
     x:Tensor,       # (B, 3, H, W) in [0, 1]
     visible:Tensor, # (B, n)
-    masked:Tensor   # (B, m)
-)->dict:            # scale → patches that its loss counts (B, k), the hidden ones last, and their pixels (B, k, p·p·3)
+    masked:Tensor,  # (B, m)
+    patches:list=None # "masked" or "all" for each scale; None: those that the loss counts
+)->dict:            # scale → patches (B, k), the hidden ones last, and their predicted pixels (B, k, p·p·3)
     "Encode once, predict at every scale."
-    c, both = self.params, torch.cat([visible, masked], 1)
-    ids = {s: finer(both if which == "all" else masked, self.grid, s) for s, which in zip(c.scales, c.patches)}
+    both = torch.cat([visible, masked], 1)
+    ids = {s: finer(both if which == "all" else masked, self.grid, s) for s, which in zip(self.params.scales, patches or self.params.patches)}
     encoded = self.encoder.tokens(normalize(x), visible)
     out = {1: (ids[1], self.pixels(self.decoder(encoded, visible, masked)[:, -ids[1].shape[1]:]))}
     if not self.further: return out
