@@ -280,6 +280,17 @@ def test_every_switch_of_miram_trains(switch):
     assert parts["loss"].item() == pytest.approx(sum(w*parts[f"loss_{s}"].item() for w, s in zip(m.params.weights, m.params.scales)))
 
 
+def test_structure_is_that_of_hidden_patches():
+    "Whether or not the loss counts the visible ones."
+    x, parts = torch.rand(2, 3, 48, 48), []
+    for patches in (["masked", "all"], ["all", "masked"]):
+        m = miram(patches=patches)
+        parts.append(m.loss_on(x, *m.draw_mask(2, "cpu", torch.Generator().manual_seed(0))))
+    a, b = parts
+    assert all(a[k].item() == pytest.approx(b[k].item(), rel=1e-5) for k in ("structure_r2", "structure_r2_2"))
+    assert all(abs(a[k] - b[k]) > 1e-5 for k in ("loss_1", "loss_2"))
+
+
 def test_a_scale_without_weight_teaches_nothing():
     m = miram(weights=[1., 0.])
     m(torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8))["loss"].backward()

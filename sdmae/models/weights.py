@@ -314,7 +314,7 @@ def make_encoder(
     load_weights(encoder, state, where=source)
     made = dict(source=found["name"], sha256=found["sha256"], layout=found["layout"], positions=positions,
                 num_heads="known" if found["num_heads"] else "given" if num_heads else "width / 64")
-    return encoder.eval(), dict(image_size=size, model=model.model_dump(), form=form.model_dump(), mean=list(mean or found["mean"] or MEAN),
+    return encoder.eval(), dict(image_size=size, model=model.model_dump(), form=form.model_dump(exclude={"image_size"}), mean=list(mean or found["mean"] or MEAN),
                                 std=list(std or found["std"] or STD), imported=made)
 
 # %% ../../nbs/models/weights.ipynb #c045
