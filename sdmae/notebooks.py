@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['KERNEL', 'read_notebook', 'source', 'write_notebook', 'stripped', 'strip', 'strip_all', 'defaults',
            'check_parameters', 'parse_value', 'NotebookFailed', 'with_prose', 'why', 'run', 'imported', 'modules_of',
-           'loaded', 'imports_of', 'rebase', 'readme', 'html', 'check', 'write_methods', 'arguments', 'main']
+           'loaded', 'imports_of', 'rebase', 'readme', 'html', 'check', 'made_of', 'write_methods', 'arguments', 'main']
 
 # %% ../nbs/notebooks.ipynb #c002
 import argparse, ast, difflib, hashlib, json, os, re, sys
 from pathlib import Path
-from .params import load_params, project_root
+from .params import Params, load_params, project_root
 
 # %% ../nbs/notebooks.ipynb #c005
 def read_notebook(
@@ -277,26 +277,33 @@ def html(
 def check():
     "Refuse a `params.yaml` with a fault, or one whose data is not there, before a stage removes earlier results."
     p = load_params()
-    data, segment = p.data, p.segment
+    segment = p.segment
     if segment.encoders and not (project_root()/segment.path).exists():
         raise FileNotFoundError(f"segment.path {segment.path} does not exist: put a folder or zip of images/ and masks/ there, or empty segment.encoders")
-    if not (project_root()/data.path).exists():
-        raise FileNotFoundError(f"data.path {data.path} does not exist: put the archives of {data.name!r} there (README, \"The real sets\"), or fetch the sample with `dvc pull data.dvc`")
+    for where, data in [("data", p.data)] + ([("lesions.data", p.lesions.data)] if p.lesions else []):
+        if (project_root()/data.path).exists(): continue
+        raise FileNotFoundError(f"{where}.path {data.path} does not exist: put the archives of {data.name!r} there (README, \"The real sets\"), or fetch the sample with `dvc pull data.dvc`")
 
 # %% ../nbs/notebooks.ipynb #c052
+def made_of(
+    p:Params,
+    name:str # of a method or variant
+)->dict:
+    "Its parameters, and a hash of each module and file of weights that it loads."
+    root, method, section = project_root(), p.method.of(name), p.method.section(name).model_dump()
+    weights = root/section["weights"] if "weights" in section else None
+    read = [] if not weights else [weights] if weights.is_file() else sorted(weights.glob("*.safetensors")) + sorted(weights.glob("config.json"))
+    hashed = [root/o for o in loaded({f"sdmae.methods.{method}"}, root)] + read
+    return dict(method=method, section=section, files={str(o.relative_to(root) if o.is_relative_to(root) else o): hashlib.sha256(o.read_bytes()).hexdigest() for o in hashed})
+
 def write_methods(
     out:str|Path="build/methods" # folder, from the project's root
 ):
-    "One JSON a listed method or variant: its parameters, and a hash of each module that it loads."
-    root, p = project_root(), load_params()
-    for name in p.methods:
-        method, section = p.method.of(name), p.method.section(name).model_dump()
-        weights = root/section["weights"] if "weights" in section else None
-        read = [] if not weights else [weights] if weights.is_file() else sorted(weights.glob("*.safetensors")) + sorted(weights.glob("config.json"))
-        hashed = [root/o for o in loaded({f"sdmae.methods.{method}"}, root)] + read
-        made = dict(method=method, section=section, files={str(o.relative_to(root) if o.is_relative_to(root) else o): hashlib.sha256(o.read_bytes()).hexdigest() for o in hashed})
-        (root/out).mkdir(parents=True, exist_ok=True)
-        (root/out/f"{name}.json").write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
+    "What each listed method or variant is made of, one JSON each; those of the second comparison in a folder `lesions`."
+    p, out = load_params(), project_root()/out
+    for P, folder in [(p, out)] + ([(p.lesions, out/"lesions")] if p.lesions else []):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in P.methods: (folder/f"{name}.json").write_text(json.dumps(made_of(P, name), indent=1, sort_keys=True) + "\n")
 
 # %% ../nbs/notebooks.ipynb #c054
 def arguments():

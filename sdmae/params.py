@@ -378,6 +378,8 @@ class Params(Section):
         for name in self.methods: check_method(self, name)
         for name in self.protocols: check_protocol(self, name)
         check_segment(self)
+        if self.lesions and (twice := {"device", "precision", "report", "segment", "lesions"} & self.lesions.model_fields_set):
+            raise ValueError(f"lesions.{min(twice)}: not a parameter of the second comparison, which shares that of the first")
         return self
 
 # %% ../nbs/params.ipynb #c042

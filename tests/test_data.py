@@ -1,6 +1,7 @@
 """Sources, store and sample: every adapter in each of its forms, and every kind of bad input."""
 import io, json, zipfile
 from collections import Counter, defaultdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sdmae.data.sample import CENTRES, TEST_CENTRE, make_sample, make_tile
-from sdmae.data.sources import NCT_CLASSES, Record, Source, open_source, quotas
+from sdmae.data.records import Record, Source, Task, quotas
+from sdmae.data.sources import NCT_CLASSES, open_source
 from sdmae.data.store import TileStore, contact_sheet, fit, prepare, sha256
 from sdmae.evaluate.features import colour_histogram
 from sdmae.evaluate.linear import fit_linear
@@ -256,7 +258,7 @@ def test_folder_wrong_layout(tmp_path, files):
 
 def test_folder_missing_and_empty(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"): open_source(params(tmp_path/"nowhere"))
-    with pytest.raises(FileNotFoundError, match="no image in it"): open_source(params(put(tmp_path, {"a/readme.txt":b""})))
+    with pytest.raises(FileNotFoundError, match="nothing in it that ends in .png"): open_source(params(put(tmp_path, {"a/readme.txt":b""})))
 
 def test_empty_split_and_untrained_class(tmp_path):
     put(tmp_path/"one", {**tiles(5, "ab", "train/"), **tiles(5, "ab", "valid/")})
@@ -477,6 +479,57 @@ def test_store_batches(store):
         for i in (idx, idx.numpy(), idx.tolist()):
             b = s.batch(i)
             assert b.shape == (3,3,20,20) and b.dtype == torch.uint8 and (b.permute(0,2,3,1).numpy() == store.tiles[idx.numpy()]).all()
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    "300 grey tiles with two further tasks, for which a fifth and half of them have no label."
+    source, data = noise_source(300, (20,20))
+    rng = np.random.default_rng(0)
+    text = ["|".join(c for c in "xyz" if rng.random() < .4) or "z" if i%5 else "" for i in range(300)]
+    source.records = [replace(r, labels={"many":m, "one":"uv"[i%4//2] if i%2 else ""}) for i,(r,m) in enumerate(zip(source.records, text))]
+    source = replace(source, tasks={"many":Task(list("xyz"), True), "one":Task(list("uv"), False)}, channels=1, records=source.records)
+    return prepare(source, tmp_path_factory.mktemp("asked")/"out", params("x", image_size=20)), data, text
+
+def test_grey_tiles(asked):
+    store, data, _ = asked
+    assert store.channels == 1 and store.tiles.shape == (300,20,20,1) and (store.tiles[...,0] == data).all()
+    np.testing.assert_allclose([store.manifest["mean"][0], store.manifest["std"][0]], [data[::3].mean()/255, data[::3].std()/255], rtol=1e-9)
+    for s in (store, store.to("cpu", max_bytes=10**9)): assert s.batch([3,1]).shape == (2,1,20,20) and (s.batch([3,1])[:,0].numpy() == data[[3,1]]).all()
+    assert contact_sheet(store, n=3).axes[0].images[0].get_array().shape == (40,60,3)
+
+def test_tasks(asked):
+    "Against pandas' own reading of joined labels."
+    from sklearn.preprocessing import MultiLabelBinarizer
+    store, _, text = asked
+    hot = pd.Series(text).str.get_dummies("|")
+    for split in ("train","valid","test"):
+        rows = store.indices(split, "many")
+        assert rows.tolist() == [i for i in store.indices(split) if text[i]]
+        y = store.targets(rows, "many")
+        assert y.dtype == torch.float32 and (y.numpy() == hot.loc[rows, list("xyz")]).all(axis=None) and (y.numpy() == MultiLabelBinarizer().fit_transform([text[i].split("|") for i in rows])).all()
+        assert store.manifest["tasks"]["many"]["counts"][split] == hot.loc[rows].sum().to_dict()
+        one = store.indices(split, "one")
+        assert one.tolist() == [i for i in store.indices(split) if i%2] and store.targets(one, "one").tolist() == [i%4//2 for i in one]
+    assert store.task("label") == Task(["a","b"], False) and store.task("many") == Task(list("xyz"), True) and store.targets([0,1]).dtype == torch.int64
+
+@pytest.mark.parametrize("n", [3, 10, .2, 1., None])
+def test_subset_of_a_task(asked, n):
+    store, _, _ = asked
+    idx = store.subset("valid", n, 1, "many")
+    assert set(idx) <= set(store.indices("valid", "many")) and (store.targets(idx, "many").sum(0) > 0).all() and (np.diff(idx) > 0).all()
+    assert len(idx) == {3:3, 10:10, .2:16, 1.:80, None:80}[n] and set(store.subset("valid", 3, 1, "many")) <= set(idx)
+
+def test_task_refusals(asked):
+    store, _, text = asked
+    for ask in (lambda: store.task("margin"), lambda: store.indices("train", "margin"), lambda: store.subset("train", 5, 0, "margin")):
+        with pytest.raises(ValueError, match="task 'margin': noise has label, many, one"): ask()
+    with pytest.raises(ValueError, match="row 0 has no label of the task many"): store.targets([1,0], "many")
+    with pytest.raises(ValueError, match="n_labels = 2: valid has 80 tiles in 3 classes"): store.subset("valid", 2, 0, "many")
+    with pytest.raises(ValueError, match="probe.labels lists 500"): store.check_labels([500], "probe.labels", "one")
+
+def test_colour_where_grey_was_announced(tmp_path):
+    source, _ = noise_source(12)
+    with pytest.raises(ValueError, match="0.png: uint8 .20, 20, 3., expected uint8 .H, W.\\."): prepare(replace(source, channels=1), tmp_path/"out", params("x"))
 
 def test_store_damaged(store, tmp_path):
     with pytest.raises(FileNotFoundError, match="Run the stage prepare"): TileStore(tmp_path)

@@ -8,7 +8,8 @@ import torch
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -16,8 +17,8 @@ from torch import nn
 from sdmae.evaluate.features import colour_histogram, extract
 from sdmae.evaluate.knn import fit_knn, folds, held_out_scores, knn_probabilities
 from sdmae.evaluate.linear import fit_linear, path_of_fits
-from sdmae.evaluate.statistics import (METRICS, WeightedScores, affordable_draws, bootstrap, bootstrap_units, confusion, draw_scores,
-                                       draw_weights, paired_bootstrap, scores)
+from sdmae.evaluate.statistics import (LABEL_METRICS, METRICS, LabelScores, WeightedScores, affordable_draws, as_released, bootstrap,
+                                       bootstrap_units, confusion, draw_scores, draw_weights, paired_bootstrap, scores)
 
 
 def predictions(n, c, skill=1.5, decimals=None, seed=0):
@@ -193,6 +194,104 @@ def test_many_runs_have_fewer_draws(monkeypatch):
     assert all(affordable_draws(n, r)*r <= max(10_000, 200*r) and affordable_draws(n, r) <= n for n in (10, 500, 1000) for r in range(1, 60))
 
 
+# scores by label
+
+def several(n, c=5, decimals=None, seed=0):
+    "Multi-hot targets, later labels rarer, some tiles without any, and probabilities; few decimals make ties."
+    rng = np.random.default_rng(seed)
+    t = (rng.random((n, c)) < .5/np.arange(1, c+1)).astype(np.float32)
+    t[:2] = np.eye(2)[:, :1]
+    p = 1/(1 + np.exp(-(rng.normal(size=(n, c)) + 1.5*(t - .5))))
+    return t, p if decimals is None else p.round(decimals)
+
+
+def labels_by_sklearn(y, p, right):
+    "Oracle for one-hot or multi-hot y; labels without positives are left out of the means."
+    there = y.any(0)
+    each = {f"ap_{j}": sk.average_precision_score(y[:,j], p[:,j]) for j in np.flatnonzero(there)}
+    auc = [sk.roc_auc_score(y[:,j], p[:,j]) for j in np.flatnonzero(there & ~y.all(0))]
+    return {"accuracy": right.mean(), "macro_ap": np.mean(list(each.values())), "micro_ap": sk.average_precision_score(y, p, average="micro"),
+            "macro_auc": np.mean(auc), "micro_auc": sk.roc_auc_score(y.ravel(), p.ravel()), **each}
+
+
+@pytest.mark.parametrize("n, c, decimals", [(60,2,None), (300,5,None), (300,5,1), (400,9,1)])
+def test_label_scores_are_sklearns(n, c, decimals):
+    y, p = several(n, c, decimals)
+    got = scores(y, p, LabelScores)
+    assert tuple(got)[:5] == LABEL_METRICS
+    assert got == pytest.approx(labels_by_sklearn(y, p, ((p >= .5) == y).all(1)), abs=1e-9)
+    assert got["accuracy"] == pytest.approx(sk.accuracy_score(y, p >= .5))
+    for mean in ("macro", "micro"):
+        assert got[f"{mean}_ap"] == pytest.approx(sk.average_precision_score(y, p, average=mean), abs=1e-9)
+        assert got[f"{mean}_auc"] == pytest.approx(sk.roc_auc_score(y, p, average=mean), abs=1e-9)
+
+
+@pytest.mark.parametrize("c, decimals", [(2,None), (4,None), (4,1)])
+def test_label_scores_of_classes_are_sklearns_on_one_hot_targets(c, decimals):
+    t, p = predictions(300, c, decimals=decimals)
+    got = scores(t, p, LabelScores)
+    assert got == pytest.approx(labels_by_sklearn(np.eye(c)[t], p, p.argmax(1) == t), abs=1e-9)
+    for k in ("accuracy", "macro_auc"): assert got[k] == pytest.approx(scores(t, p)[k], abs=1e-6 if decimals else 1e-9)
+
+
+def test_a_label_without_positives_is_left_out_of_the_means_only():
+    y, p = several(200)
+    y[:, 3] = 0
+    got = scores(y, p, LabelScores)
+    assert "ap_3" not in got and got == pytest.approx(labels_by_sklearn(y, p, ((p >= .5) == y).all(1)), abs=1e-9)
+    y[:, 1] = 1 # nothing below it: precision, but no AUC
+    got = scores(y, p, LabelScores)
+    assert got["ap_1"] == 1 and got == pytest.approx(labels_by_sklearn(y, p, ((p >= .5) == y).all(1)), abs=1e-9)
+    json.dumps([got, bootstrap(y, p, n=20, scorer=LabelScores)], allow_nan=False)
+
+
+@pytest.mark.parametrize("multi, grouped", [(True,False), (True,True), (False,True)])
+def test_each_draw_is_the_label_score_of_resampled_tiles(multi, grouped):
+    y, p = several(120, decimals=2) if multi else predictions(120, 5, decimals=2)
+    patients = np.arange(120)//7 if grouped else None
+    weighted = LabelScores(y, p)
+    for w in draw_weights(120, 12, patients, seed=3):
+        got = weighted(w)
+        for b in range(w.shape[1]):
+            again = np.repeat(np.arange(120), w[:,b].astype(int))
+            right = ((p >= .5) == y).all(1) if multi else p.argmax(1) == y
+            want = labels_by_sklearn((y if multi else np.eye(5)[y])[again], p[again], right[again])
+            assert {k: got[k][b] for k in want} == pytest.approx(want, abs=1e-6)
+
+
+def test_label_scores_are_compared_on_the_same_draws():
+    y, a = several(200); b = np.clip(a + np.random.default_rng(1).normal(scale=.3, size=a.shape), 0, 1)
+    patients = np.arange(200)//2
+    d = paired_bootstrap(y, a, [a, b], patients, n=60, scorer=LabelScores)
+    for k, s in scores(y, a, LabelScores).items(): assert d[k][0] == pytest.approx((s - scores(y, b, LabelScores)[k])/2)
+    assert all(v == (0,0,0) for v in paired_bootstrap(y, a, a, patients, n=20, scorer=LabelScores).values())
+    found = bootstrap(y, a, patients, n=60, scorer=LabelScores)
+    [drawn] = draw_scores(y, [[a]], patients, 60, 0, LabelScores)
+    assert {*found} == {*LABEL_METRICS, *(f"ap_{j}" for j in range(5))} and found["macro_ap"] == pytest.approx(tuple(np.quantile(drawn["macro_ap"][1:], [.025, .975])))
+    assert found != bootstrap(y, a, n=60, scorer=LabelScores), "patients, not lesions, are drawn"
+
+
+def test_the_release_scores_joined_labels_as_absent():
+    y, p = several(100)
+    got = as_released(y)
+    joined = y.sum(1) > 1
+    assert joined.any() and not got[joined].any() and (got[~joined] == y[~joined]).all() and y[joined].any()
+    assert scores(got, p, LabelScores)["macro_ap"] != scores(y, p, LabelScores)["macro_ap"]
+
+
+@pytest.mark.parametrize("t, p, message", [
+    ([[1,0],[0,1]], [[.5,.5]], r"\(2, 2\) and probabilities \(1, 2\)"),
+    (np.zeros((0,2)), np.zeros((0,2)), "at least one row"),
+    ([[1,0],[0,.5]], [[.5,.5]]*2, "targets, row 1"),
+    ([[1,0],[0,1]], [[.5,.5],[.5,1.5]], "probabilities, row 1.*sigmoid"),
+    ([[1,0],[0,1]], [[.5,np.nan],[.5,.5]], "probabilities, row 0"),
+    ([[1,0],[1,0]], [[.5,.5]]*2, "nothing to score"),
+    ([0,2], [[.5,.5]]*2, "row 1: class 2")])
+def test_bad_label_predictions_are_named(t, p, message):
+    for f in (scores, bootstrap):
+        with pytest.raises(ValueError, match=message): f(t, np.asarray(p), scorer=LabelScores)
+
+
 # choosing within the labelled tiles
 
 def blobs(n, c=3, d=16, noise=1.5, seed=0):
@@ -356,11 +455,72 @@ def test_C_must_be_positive():
     with pytest.raises(ValueError, match="positive"): fit_linear(x, y, x, y, 3, C=[0., 1.])
 
 
+# several labels
+
+def labelled(n, seed=0, noise=1.5):
+    "Features and three labels: two of them joined in one of four classes, the third rare."
+    x, y = blobs(n, 4, noise=noise, seed=seed)
+    return x, np.stack([y == 0, y <= 1, (y == 2) & (x[:,0] > x[:,0].mean())], 1).astype(np.float32)
+
+
+def test_the_probe_of_several_labels_is_sklearns_one_vs_rest():
+    x, y = labelled(300); v, vy = labelled(150, seed=1)
+    probe = fit_linear(x, y, v, vy, 3, C=(1e-3, 1e-2, .1))
+    for c in probe.curve:
+        cold = make_pipeline(StandardScaler(), OneVsRestClassifier(LogisticRegression(C=c["C"], max_iter=1000))).fit(x, y)
+        assert c["macro_ap"] == pytest.approx(sk.average_precision_score(vy, cold.predict_proba(v)), abs=5e-3)
+        if c["C"] == probe.C: assert np.allclose(probe.predict_proba(v), cold.predict_proba(v), atol=5e-3)
+    assert probe.C == max(probe.curve, key=lambda c: c["macro_ap"])["C"] and probe.predict_proba(v).shape == (150, 3)
+    json.dumps(probe.curve)
+
+
+def test_knn_of_several_labels_is_sklearns_regression_on_label_vectors():
+    x, y = labelled(300); v, vy = labelled(150, seed=1)
+    fitted = fit_knn(x, y, v, vy, 3, neighbours=(1, 10, 50))
+    for c in fitted.curve:
+        oracle = KNeighborsRegressor(c["k"], metric="cosine", algorithm="brute", weights=lambda d: np.exp((1-d)/.07)).fit(x, y)
+        p = knn_probabilities(x, y, v, c["k"], 3)
+        assert np.allclose(p, oracle.predict(v), atol=2e-4) and p.min() >= 0 and p.max() <= 1
+        assert c["macro_ap"] == pytest.approx(sk.average_precision_score(vy, p))
+    assert fitted.k == max(fitted.curve, key=lambda c: (c["macro_ap"], c["k"]))["k"]
+    assert np.allclose(fitted.predict_proba(v), knn_probabilities(x, y, v, fitted.k, 3))
+
+
+def test_among_few_labels_each_label_has_folds_of_its_own():
+    x, y = labelled(120, noise=2.5)
+    grid = (1e-3, 1e-2, .1)
+    probe = fit_linear(x, y, None, None, 3, C=grid)
+    for c in probe.curve:
+        cold = make_pipeline(StandardScaler(), LogisticRegression(C=c["C"], max_iter=1000))
+        each = [sk.average_precision_score(label, cross_val_predict(cold, x, label, cv=folds(label.astype(int)), method="predict_proba")[:,1]) for label in y.T]
+        assert c["macro_ap"] == pytest.approx(np.mean(each), abs=.009)
+    knn = fit_knn(x, y, None, None, 3, neighbours=(1, 20))
+    for c in knn.curve:
+        each = []
+        for label in y.T.astype(int):
+            p = np.empty(120)
+            for train, held in folds(label): p[held] = knn_probabilities(x[train], label[train], x[held], c["k"], 2)[:,1]
+            each.append(sk.average_precision_score(label, p))
+        assert c["macro_ap"] == pytest.approx(np.mean(each), abs=1e-6)
+    single = np.zeros((6, 2), int); single[0, 0] = single[1, 1] = 1 # one tile a label: nothing to hold out
+    assert {c["macro_ap"] for c in fit_linear(x[:6], single, None, None, 2, C=[1., .1]).curve} == {None}
+
+
+@pytest.mark.parametrize("fit", [fit_knn, fit_linear])
+def test_unfit_several_labels_are_named(fit):
+    x, y = labelled(60); v, vy = labelled(30, seed=1)
+    with pytest.raises(ValueError, match=r"train: label \[1\] is on no tile or on all"): fit(x, y*[1,0,1], v, vy, 3)
+    with pytest.raises(ValueError, match=r"train: label \[0\] is on no tile or on all"): fit(x, np.maximum(y, [1,0,0]), None, None, 3)
+    with pytest.raises(ValueError, match=r"valid: features \(30, 16\) and classes \(30, 2\)"): fit(x, y, v, vy[:,:2], 3)
+    y[7, 1] = .5
+    with pytest.raises(ValueError, match="train: row 7 has a target that is not 0 or 1"): fit(x, y, v, vy, 3)
+
+
 # features
 
 class Tiles:
-    def __init__(self, n, size=16, seed=0):
-        self.tiles = np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    def __init__(self, n, size=16, seed=0, channels=3):
+        self.tiles = np.random.default_rng(seed).integers(0, 256, (n, size, size, channels), dtype=np.uint8)
     def batch(self, idx): return torch.from_numpy(self.tiles[idx]).permute(0, 3, 1, 2)
 
 
@@ -425,6 +585,15 @@ def test_colour_histogram_is_numpys(bins):
     got = colour_histogram(store, idx, bins, batch_size=2).reshape(3, 3, bins)
     for row, i in zip(got, idx):
         for c in range(3): assert np.allclose(row[c], np.histogram(store.tiles[i,...,c], bins=bins, range=(0,256))[0]/256, atol=1e-7)
+
+
+def test_grey_tiles_are_their_three_equal_channels():
+    grey, three, net = Tiles(6, channels=1), Tiles(6), Net()
+    three.tiles = grey.tiles.repeat(3, axis=3)
+    a, b = (extract(net, store, [4,0,1], (.4,.5,.6), (.2,.3,.1), "cpu") for store in (grey, three))
+    assert np.allclose(a, b, atol=1e-6)
+    h = colour_histogram(grey, [4,0,1], bins=16)
+    assert h.shape == (3, 16) and (np.tile(h, 3) == colour_histogram(three, [4,0,1], bins=16)).all()
 
 
 def test_colour_histogram_names_what_is_wrong():

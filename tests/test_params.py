@@ -61,7 +61,7 @@ def test_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="empty.yaml holds no sections"): load_params(tmp_path/"empty.yaml")
 
 
-@pytest.mark.parametrize("group", ["data", "model", "budget"])
+@pytest.mark.parametrize("group", ["data", "model", "budget", "lesions"])
 def test_every_group_composes(group):
     "Each file of a group gives valid parameters, with the model that fits the tiles."
     for file in sorted((CONF/group).glob("*.yaml")):
@@ -74,7 +74,10 @@ def test_every_parameter_is_written_out():
     values = compose()
     def missing(full, there, path=""):
         return [f"{path}{k}" for k in full if k not in there] + [o for k, v in full.items() if isinstance(v, dict) and k in there for o in missing(v, there[k], f"{path}{k}.")]
-    assert missing(parse_params(values).model_dump(), values) == ["linear_sgd", "method.imported", "method.miram"]
+    shared = {"device", "precision", "report", "segment", "lesions"} # a second comparison has none of its own
+    full = parse_params(values).model_dump()
+    full["lesions"] = {k: v for k, v in full["lesions"].items() if k not in shared}
+    assert missing(full, values) == ["linear_sgd", "method.imported", "method.miram", "lesions.linear_sgd", "lesions.method.imported"]
 
 
 def test_params_yaml_is_the_composition_of_conf():
@@ -159,3 +162,21 @@ def test_mae_as_released():
     assert m.optim.lr(p.pretrain.batch_size) == pytest.approx(2.4e-3, rel=1e-12) and (m.views.scale, m.views.hflip) == ((0.2, 1.0), True)
     assert f.optim.lr(f.batch_size) == pytest.approx(2e-3, rel=1e-12) and (f.layer_decay, f.drop_path, f.epochs) == (0.65, 0.1, 100)
     assert (l.optim.name, l.batch_size, l.pool, l.epochs) == ("lars", 16384, "token", 90) and l.optim.lr(l.batch_size) == pytest.approx(6.4, rel=1e-12)
+
+
+def test_miram_as_released():
+    L = parse_params(compose(["lesions=cbis"])).lesions
+    m, f = L.method.miram, L.finetune
+    assert (L.data.image_size, L.model.image_size, L.patches("miram"), int(49*(1-m.mask_ratio))) == (224, 112, 49, 12)
+    assert (m.scales, m.patches, m.weights, m.target, m.attention, m.target_norm, m.class_token, m.pos_embed) == ([1, 2], ["masked", "all"], [1, 1], "upsampled", "full", "joint", True, "sincos2d")
+    assert m.decoder.model_dump() == dict(embed_dim=512, depth=8, num_heads=16) and m.nystrom.model_dump() == dict(landmarks=64, iterations=6, kernel=33)
+    assert (L.model.embed_dim, L.model.depth, L.model.num_heads, L.model.patch_size) == (768, 12, 12, 16)
+    assert (L.pretrain.epochs, L.pretrain.batch_size, m.optim.warmup*500, m.optim.base_lr, m.optim.weight_decay, m.optim.betas, m.views.scale) == (500, 1024, 40, 1.5e-4, .05, (.9, .95), (.2, 1.))
+    assert (f.optim.name, f.epochs, f.batch_size, f.optim.weight_decay, f.drop_path, f.class_weights, f.select, f.layer_decay) == ("adam", 100, 32, .01, .1, True, "macro_auc", 1.)
+    assert abs(f.optim.lr(32) - 1e-5) < 1e-12 and f.optim.warmup*100 == 2
+    assert (f.views.rotate, f.views.zoom, round(255*f.views.intensity), f.views.hflip, f.views.vflip) == (25., (.8, 1.2), 20, True, True)
+    assert L.method.section("miram_native").target == "native" and L.patches("mae_fine") == 196
+
+
+def test_what_both_comparisons_share_is_set_once():
+    with pytest.raises(ValueError, match="lesions.device: not a parameter of the second comparison"): parse_params(compose(["+lesions.device=cpu"]))

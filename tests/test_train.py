@@ -1,8 +1,17 @@
-"The engine with the real methods: resumed runs, checkpoints, faults; views against torchvision."
+"The engine with the real methods and with fine-tuning: resumed runs, checkpoints, faults; losses and optimisers against independent oracles."
+from functools import partial
+from types import SimpleNamespace
+
 import numpy as np, pytest, torch
+from sklearn.utils.class_weight import compute_class_weight
+
+import sdmae.evaluate.finetune as finetune
+from sdmae.evaluate.finetune import Classifier, balance, fit_classifier, predict
+from sdmae.evaluate.statistics import LabelScores, scores
 from sdmae.methods.registry import build_method
-from sdmae.params import compose, parse_params
-from sdmae.train.engine import Batches, Callback, Trainer, lr_at, pick_device, pick_precision
+from sdmae.models.vit import Encoder
+from sdmae.params import FinetuneParams, OptimParams, ViewParams, compose, parse_params
+from sdmae.train.engine import Batches, Callback, Trainer, lr_at, make_optimizer, pick_device, pick_precision
 
 
 class Tiles:
@@ -117,3 +126,134 @@ def test_views_and_targets_stay_float32_under_autocast():
             return x, m.target(x, ids[1])
     for plain, mixed in zip(draw(None), draw(torch.bfloat16)):
         assert mixed.dtype == torch.float32 and torch.equal(plain, mixed)
+
+
+def test_adam_is_adam_with_decay_in_the_gradient():
+    "Three steps by hand (Kingma and Ba 2015, algorithm 1), weight decay as L2."
+    w = torch.nn.Parameter(torch.tensor([1., -2., .5]))
+    o = OptimParams(name="adam", base_lr=1., betas=(0.9, 0.95))
+    optimizer = make_optimizer([dict(params=[w], weight_decay=0.3)], o, 0.05)
+    x, m, v = w.detach().double().numpy().copy(), 0., 0.
+    for t in range(1, 4):
+        g = 2*x + np.array([.1, .2, -.3]) + 0.3*x
+        m, v = .9*m + .1*g, .95*v + .05*g*g
+        w.grad = 2*w.detach() + torch.tensor([.1, .2, -.3])
+        optimizer.step()
+        x = x - 0.05*(m/(1 - .9**t))/(np.sqrt(v/(1 - .95**t)) + 1e-8)
+        assert np.allclose(w.detach(), x, atol=1e-6)
+
+
+# fine-tuning
+
+class Labelled(Tiles):
+    "The same tiles with a task of classes and one of several labels; grey where asked."
+    def __init__(self, grey=False): self.images = Tiles.images[:, :1] if grey else Tiles.images
+    def task(self, name): return SimpleNamespace(classes=list("abc"), multi=name == "margins")
+    def targets(self, rows, task):
+        r = torch.as_tensor(np.asarray(rows))
+        return torch.stack([r % 2 == 0, r % 3 == 0, r % 5 == 0], 1).float() if task == "margins" else r % 3
+
+
+RECIPE = FinetuneParams(epochs=4, batch_size=8, optim=OptimParams(name="adam", base_lr=.01), views=ViewParams(scale=(0.5, 1.)))
+
+
+def tune(store=Labelled(), task="label", valid=None, callbacks=(), checkpoint=None, **recipe):
+    torch.manual_seed(0)
+    encoder = Encoder(32, 8, 24, 2, 2, num_classes=3)
+    return fit_classifier(encoder, store, np.arange(16), RECIPE.model_copy(update=recipe), callbacks=callbacks, checkpoint=checkpoint, task=task, valid=valid)
+
+
+def test_losses_are_those_by_hand():
+    "Balanced weights as scikit-learn's; a weighted mean for classes; negatives over positives for labels."
+    torch.manual_seed(0)
+    images, rows = Tiles.images[:8], np.array([0, 3, 6, 1, 2, 9, 12, 15])
+    exact = RECIPE.model_copy(update=dict(views=ViewParams(scale=(1., 1.), ratio=(1., 1.), hflip=False)))
+    for task in ("label", "margins"):
+        t, encoder = Labelled().targets(rows, task), Encoder(32, 8, 24, 2, 2, num_classes=3)
+        encoder.head.weight.data.normal_()
+        weights = balance(t, list("abc"))
+        c = Classifier(encoder, exact, multi=task == "margins", weights=weights).eval()
+        z, y = c.logits(c.views(images)).detach().double().numpy(), t.numpy()
+        if task == "label":
+            w = compute_class_weight("balanced", classes=np.arange(3), y=y)
+            nll = np.log(np.exp(z).sum(1)) - z[np.arange(8), y]
+            want = (w[y]*nll).sum()/w[y].sum()
+        else:
+            w = (8 - y.sum(0))/y.sum(0)
+            p = 1/(1 + np.exp(-z))
+            want = -(w*y*np.log(p) + (1-y)*np.log(1-p)).mean()
+        assert np.allclose(weights, w) and w.std() > .1
+        assert c(images, t)["loss"].item() == pytest.approx(want, rel=1e-5)
+
+
+def test_probabilities_of_labels_are_independent_and_of_classes_a_distribution():
+    for task in ("label", "margins"):
+        classifier, history = tune(task=task)
+        p = predict(classifier, Labelled(), np.arange(24), batch_size=7)
+        assert p.shape == (24, 3) and len(history) == 4 and ((p > 0) & (p < 1)).all()
+        assert np.allclose(p.sum(1), 1) == (task == "label")
+        z = torch.logit(torch.tensor(p)) if task == "margins" else torch.tensor(p).log()
+        with torch.no_grad(): raw = classifier.logits(Tiles.images/255).double()
+        assert torch.allclose(z - z[:, :1]*(task == "label"), raw - raw[:, :1]*(task == "label"), atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["label", "margins"])
+def test_the_best_epoch_counts_and_survives_an_interruption(task, tmp_path, monkeypatch):
+    "Of four epochs the second is best; the run is broken off in the third."
+    monkeypatch.setattr(finetune, "Trainer", partial(Trainer, checkpoint_minutes=0))
+    def scripted(*values):
+        values = iter(values)
+        monkeypatch.setattr(finetune, "scores", lambda *a: dict(macro_auc=next(values)))
+    class Keep(Callback):
+        weights = []
+        def after_epoch(self, trainer): self.weights.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
+    scripted(.6, .9, .7, .9)
+    whole, history = tune(task=task, valid=np.arange(16, 24), callbacks=(Keep(),), select="macro_auc")
+    for k, v in whole.state_dict().items(): assert torch.equal(v, Keep.weights[1][k]), k
+    assert not all(torch.equal(v, Keep.weights[3][k]) for k, v in whole.state_dict().items())
+    assert [r["valid_macro_auc"] for r in history] == [.6, .9, .7, .9]
+    scripted(.6, .9, .7)
+    with pytest.raises(KeyboardInterrupt): tune(task=task, valid=np.arange(16, 24), callbacks=(Stop(3),), checkpoint=tmp_path/"c.pt", select="macro_auc")
+    scripted(.7, .9) # what is left: the third epoch again, and the fourth
+    resumed, again = tune(task=task, valid=np.arange(16, 24), checkpoint=tmp_path/"c.pt", select="macro_auc")
+    for (k, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True): assert torch.equal(a, b), k
+    assert [(r["loss"], r["valid_macro_auc"]) for r in history] == [(r["loss"], r["valid_macro_auc"]) for r in again]
+
+
+def test_selecting_does_not_change_the_training_and_finds_the_highest():
+    valid = np.arange(12, 24)
+    _, plain = tune(task="margins")
+    chosen, history = tune(task="margins", valid=valid, select="macro_auc")
+    assert [r["loss"] for r in plain] == [r["loss"] for r in history]
+    best = scores(Labelled().targets(valid, "margins"), predict(chosen, Labelled(), valid), LabelScores)["macro_auc"]
+    assert best == pytest.approx(max(r["valid_macro_auc"] for r in history))
+
+
+def test_a_checkpoint_without_the_best_epoch_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "Trainer", partial(Trainer, checkpoint_minutes=0))
+    with pytest.raises(KeyboardInterrupt): tune(callbacks=(Stop(3),), checkpoint=tmp_path/"c.pt")
+    with pytest.raises(ValueError, match="cannot be resumed.*delete it"): tune(valid=np.arange(16, 24), checkpoint=tmp_path/"c.pt", select="macro_auc")
+
+
+@pytest.mark.parametrize("recipe", [dict(), dict(mixup=.8, cutmix=1., epochs=2)])
+def test_grey_tiles_are_trained_as_their_three_equal_channels(recipe):
+    grey = Labelled(grey=True); three = Labelled(); three.images = grey.images.expand(-1, 3, -1, -1)
+    (a, ha), (b, hb) = tune(grey, **recipe), tune(three, **recipe)
+    assert [r["loss"] for r in ha] == pytest.approx([r["loss"] for r in hb], abs=1e-5)
+    assert np.allclose(predict(a, grey, np.arange(24)), predict(b, three, np.arange(24)), atol=1e-4)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(task="margins", mixup=.8), "mixup 0.8: not for a task of several labels; set it to 0"),
+    (dict(task="margins", cutmix=1.), "cutmix 1.0: not"), (dict(task="margins", label_smoothing=.1), "label_smoothing 0.1: not"),
+    (dict(select="macro_auc"), "no rows of it; use select: last"), (dict(select="macro_auc", valid=[]), "no rows of it"),
+    (dict(select="macro_auc", valid=[0, 3, 6]), "all 3 rows of validation have the same label of the task label")])
+def test_recipes_that_do_not_fit_a_task_are_refused(change, message):
+    with pytest.raises(ValueError, match=message): tune(**change)
+
+
+def test_class_weights_need_every_class():
+    with pytest.raises(ValueError, match="0 of 3 labelled tiles are of class c.*class_weights: false"): balance(torch.tensor([0, 1, 1]), list("abc"))
+    with pytest.raises(ValueError, match="2 of 2 labelled tiles are of class b"): balance(torch.tensor([[0., 1.], [1., 1.]]), list("ab"))
+    with pytest.raises(ValueError, match="task label has 3 classes.*num_classes 2"):
+        fit_classifier(Encoder(32, 8, 24, 2, 2, num_classes=2), Labelled(), np.arange(8), RECIPE)

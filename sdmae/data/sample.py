@@ -19,7 +19,8 @@ from numpy.random import Generator
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from .sources import NCT_CLASSES, PCAM_CLASSES, SYNTHETIC
+from .records import SYNTHETIC
+from .sources import NCT_CLASSES, PCAM_CLASSES
 
 # %% ../../nbs/data/sample.ipynb #c005
 def smooth(

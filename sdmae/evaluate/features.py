@@ -29,7 +29,7 @@ def resting(model:nn.Module):
 # %% ../../nbs/evaluate/features.ipynb #c008
 def extract(
     encoder,                    # has `pooled(x)` -> (B, D) and `image_size`, px
-    store,                      # has `batch(idx)` -> (B, 3, H, W) uint8
+    store,                      # has `batch(idx)` -> (B, 3 or 1, H, W) uint8
     idx,                        # (n,) rows of the store
     mean, std,                  # 3 floats each, as in pre-training
     device,                     # the encoder is moved there
@@ -51,9 +51,9 @@ def extract(
 
 # %% ../../nbs/evaluate/features.ipynb #c012
 def _histograms(
-    x:Tensor, # (B, 3, H, W) uint8
+    x:Tensor, # (B, C, H, W) uint8
     bins:int
-)->Tensor:    # (B, 3·bins)
+)->Tensor:    # (B, C·bins)
     "Share of pixels in each bin of each channel."
     b, c, h, w = x.shape
     place = torch.div(x.reshape(b*c, h*w).int()*bins, 256, rounding_mode="floor")
@@ -62,11 +62,11 @@ def _histograms(
 
 # %% ../../nbs/evaluate/features.ipynb #c013
 def colour_histogram(
-    store,         # has `batch(idx)` -> (B, 3, H, W) uint8
+    store,         # has `batch(idx)` -> (B, 3 or 1, H, W) uint8
     idx,           # (n,) rows of the store
     bins:int=16,   # per channel, of equal width over 0..255
     batch_size:int=64
-)->np.ndarray:     # (n, 3·bins) float32: red, green, blue
+)->np.ndarray:     # (n, 3·bins) float32: red, green, blue; (n, bins) of grey tiles
     "Colour histogram of each tile; `ValueError` on no tiles or on bins outside 1..256."
     idx = np.asarray(idx)
     if not len(idx): raise ValueError("idx: no tiles to take histograms of; is the split empty?")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'MORE_COLOURS', 'MORE_MARKERS', 'CLASS_COLOURS', 'CLASS_MARKERS', 'style', 'short', 'room', 'grid', 'panels',
-           'spread', 'name_ends', 'with_bars', 'say_bars', 'top_down', 'chance', 'labels_text', 'overview',
+           'spread', 'name_ends', 'with_bars', 'say_bars', 'top_down', 'chance', 'labels_text', 'overview', 'by_label',
            'label_curve', 'ablation_figure', 'read_curves', 'learning_curves', 'confusion_matrices', 'tsne_points',
            'tsne', 'to_images', 'image_rows', 'reconstruction_grid', 'stretch', 'attention_grid']
 
@@ -25,8 +25,8 @@ from .tables import (ENCODERS, METRIC_NAMES, PROTOCOLS, VARIANTS, ablation, chan
 
 # %% ../../nbs/report/figures.ipynb #c005
 STYLES = {"random": ("#7f7f7f","X"), "histogram": ("#b8b8b8","D"), "supervised": ("#009E73","^"),
-          "imported": ("#CC79A7","P"), "mae": ("#0072B2","s"), "sdmae": ("#D55E00","o")}
-MORE_COLOURS = ("#56B4E9","#882255","#E69F00","#44AA99","#332288","#999933","#AA4499") # of variants and new methods,
+          "imported": ("#CC79A7","P"), "mae": ("#0072B2","s"), "sdmae": ("#D55E00","o"), "miram": ("#882255","v")}
+MORE_COLOURS = ("#56B4E9","#661100","#E69F00","#44AA99","#332288","#999933","#AA4499") # of variants and new methods,
 MORE_MARKERS = "vDp<>hd8"                                                              # 56 pairs before one comes again
 CLASS_COLOURS = ("#CC6677","#332288","#DDCC77","#117733","#88CCEE","#882255","#44AA99","#999933","#AA4499","#BBBBBB")
 CLASS_MARKERS = "osD^vP"
@@ -208,7 +208,7 @@ def overview(
         ax.tick_params(axis="y", length=0)
         if guess is not None: _reference(ax, guess, "chance", "#555555", ":", 2)
         floor = part[(part.protocol == "linear") & (part.encoder == "histogram")].value
-        if len(floor): _reference(ax, floor.iloc[0], "colour histogram, linear", "#999999", "--", 12)
+        if len(floor): _reference(ax, floor.iloc[0], "histogram, linear", "#999999", "--", 12)
     for ax in axes[:,0]: _story_names(ax, rows)
     for ax in axes.flat[len(labels):]: ax.remove()
     say_bars(fig, df)
@@ -227,6 +227,37 @@ def _story_names(ax, rows):
                     rotation=90, ha="center", va="center", fontsize=9.5, fontweight="bold", annotation_clip=False)
 
 # %% ../../nbs/report/figures.ipynb #c032
+def by_label(
+    df:pd.DataFrame, # as from `collect`, with the metrics ap_0, ap_1, …
+    names:list[str], # of the labels
+    shares,          # of test images that bear each label: what guessing scores
+    data:str         # as from `data_label`
+): # figure
+    "Average precision of each label, a panel per protocol, a row per encoder; `ValueError` where there is none."
+    df = df[df.metric.str.fullmatch(r"ap_\d+")]
+    if df.empty: raise ValueError("by_label: no average precision of labels; it is scored for tasks other than `label`")
+    s = with_bars(df)
+    protocols, there = sorted(s.protocol.unique(), key=lambda p: place(p, PROTOCOLS)), sorted(s.metric.unique(), key=lambda m: int(m[3:]))
+    fig, axes = panels(1, len(protocols), 3.6 + room(s.encoder), .3 + .17*len(there)*(s.encoder.nunique() + 1), f"Average precision of each label: {data}", sharey=True)
+    for ax, protocol in zip(axes[0], protocols): _label_rows(ax, s[s.protocol == protocol], there, shares, PROTOCOLS.get(protocol, protocol))
+    axes[0,0].set_yticks(range(len(there)), [names[int(m[3:])].replace("_", " ").lower() for m in there])
+    say_bars(fig, df)
+    return fig
+
+# %% ../../nbs/report/figures.ipynb #c033
+def _label_rows(ax, s, there, shares, title):
+    "Points and bars of one protocol, gathered by label."
+    encoders = top_down(s.encoder.unique())
+    for i, metric in enumerate(there):
+        ax.plot([shares[int(metric[3:])]]*2, [i-.42, i+.42], color="#555555", ls=":", lw=1.3)
+        for k, e in enumerate(encoders):
+            r, look, y = s[(s.metric == metric) & (s.encoder == e)].iloc[0], style(e), i + .8*((k + .5)/len(encoders) - .5)
+            ax.plot([r.low, r.high], [y, y], color=look["color"], lw=1.6, alpha=.55)
+            ax.plot(r.value, y, ls="", ms=5, label=short(e) if i == 0 else None, **look)
+    ax.set(xlabel="average precision", ylim=(len(there) - .5, -.5)); ax.set_title(title, fontsize=10)
+    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, .5))
+
+# %% ../../nbs/report/figures.ipynb #c036
 def label_curve(
     df:pd.DataFrame, # as from `collect`
     data:str,        # as from `data_label`
@@ -247,7 +278,7 @@ def label_curve(
     say_bars(fig, df)
     return fig
 
-# %% ../../nbs/report/figures.ipynb #c033
+# %% ../../nbs/report/figures.ipynb #c037
 def _percent_above(ax, s)->bool:
     "Shares of labels above the panel, at their numbers of tiles; whether there are any."
     shares = {n: float(l) for n, l in zip(s.n, s.labels.replace("all", "1")) if float(l) <= 1}
@@ -257,7 +288,7 @@ def _percent_above(ax, s)->bool:
                     ha="center", va="bottom", fontsize=8, color="#555555")
     return True
 
-# %% ../../nbs/report/figures.ipynb #c034
+# %% ../../nbs/report/figures.ipynb #c038
 def _label_panel(ax, s, protocol, limits):
     "Lines of one protocol, named at their ends."
     for e, part in s.groupby("encoder"):
@@ -271,7 +302,7 @@ def _label_panel(ax, s, protocol, limits):
     last = s.loc[s.groupby("encoder").n.idxmax()]
     name_ends(ax, {r.encoder: (r.n, r.value) for r in last.itertuples()})
 
-# %% ../../nbs/report/figures.ipynb #c038
+# %% ../../nbs/report/figures.ipynb #c042
 def _switches(
     variants:dict, # of one method, as from `find_variants`
     base:str       # that method
@@ -287,7 +318,7 @@ def _switches(
     groups = [(path, [(value_text(v), e) for v, e in ordered(values)]) for path, values in alone.items()]
     return groups + [("several at once", together)]*bool(together)
 
-# %% ../../nbs/report/figures.ipynb #c039
+# %% ../../nbs/report/figures.ipynb #c043
 def ablation_figure(
     df:pd.DataFrame, # as from `collect`
     variants:dict,   # as from `find_variants`
@@ -312,7 +343,7 @@ def ablation_figure(
     say_bars(fig, df)
     return fig
 
-# %% ../../nbs/report/figures.ipynb #c041
+# %% ../../nbs/report/figures.ipynb #c045
 def _switch_panel(ax, s, lines, base):
     "Points, bars and values of one protocol; the method as it stands as a line and a band."
     if base in s.index:
@@ -327,7 +358,7 @@ def _switch_panel(ax, s, lines, base):
     ax.set(xlim=_score_axis(s, None), ylim=(len(lines) - .4, -.7))
     ax.tick_params(axis="y", length=0); ax.locator_params(axis="x", nbins=4)
 
-# %% ../../nbs/report/figures.ipynb #c045
+# %% ../../nbs/report/figures.ipynb #c049
 def read_curves(
     runs # folder of <encoder>-<seed>/live/plots/metrics/**/*.tsv
 )->pd.DataFrame: # encoder, seed, metric, step, value
@@ -342,7 +373,7 @@ def read_curves(
     if not frames: raise FileNotFoundError(f"{runs}: no curves there; run `dvc repro` first")
     return pd.concat(frames, ignore_index=True)
 
-# %% ../../nbs/report/figures.ipynb #c046
+# %% ../../nbs/report/figures.ipynb #c050
 def learning_curves(
     curves:pd.DataFrame, # as from `read_curves`
     data:str,            # as from `data_label`
@@ -358,7 +389,7 @@ def learning_curves(
     for ax in axes.flat[len(metrics):]: ax.remove()
     return fig
 
-# %% ../../nbs/report/figures.ipynb #c048
+# %% ../../nbs/report/figures.ipynb #c052
 def _curve_panel(ax, part, metric):
     "Lines of one metric, named at their ends; few points are shown as such."
     ends = {}
@@ -367,9 +398,10 @@ def _curve_panel(ax, part, metric):
         ax.plot(run.step, run.value, lw=1.5, ms=4, **style(encoder) | ({} if len(run) < 15 else {"marker": ""}))
         ends.setdefault(encoder, []).append((run.step.iloc[-1], run.value.iloc[-1]))
     ax.set(xlabel="epoch"); ax.set_title(metric, fontsize=10); ax.margins(x=.01)
+    if metric.startswith("structure_r2"): ax.set_ylim(bottom=max(ax.get_ylim()[0], -.02)) # an untrained decoder lies far below
     name_ends(ax, {e: np.nanmean(v, axis=0) for e, v in ends.items()})
 
-# %% ../../nbs/report/figures.ipynb #c051
+# %% ../../nbs/report/figures.ipynb #c055
 def confusion_matrices(
     matrices:dict, # encoder -> (C, C) counts, a row per true class, as from `confusion`
     classes,       # C names
@@ -389,7 +421,7 @@ def confusion_matrices(
     for ax in axes.flat[len(matrices):]: ax.remove()
     return fig
 
-# %% ../../nbs/report/figures.ipynb #c052
+# %% ../../nbs/report/figures.ipynb #c056
 def _confusion_panel(ax, percent, classes):
     "One matrix with its numbers; zeros stay empty."
     ax.imshow(percent, cmap="Blues", vmin=0, vmax=100)
@@ -399,7 +431,7 @@ def _confusion_panel(ax, percent, classes):
     ax.set_yticks(range(len(classes)), classes, fontsize=8)
     ax.tick_params(length=0); ax.spines[:].set_visible(False)
 
-# %% ../../nbs/report/figures.ipynb #c056
+# %% ../../nbs/report/figures.ipynb #c060
 def tsne_points(
     features,           # (n, D)
     seed:int=0,
@@ -410,7 +442,7 @@ def tsne_points(
     if len(x) < 5: raise ValueError(f"tsne: {len(x)} points are too few, 5 at least")
     return TSNE(perplexity=min(perplexity, (len(x)-1)/3), init="pca", random_state=seed).fit_transform(x)
 
-# %% ../../nbs/report/figures.ipynb #c057
+# %% ../../nbs/report/figures.ipynb #c061
 def _scatter(ax, xy, names, title):
     "Points coloured by name, with a legend below; a colour comes again only with another marker."
     kinds = sorted(set(names))
@@ -421,7 +453,7 @@ def _scatter(ax, xy, names, title):
     widest = max(map(len, map(str, kinds)))
     ax.legend(loc="upper center", bbox_to_anchor=(.5, 0), ncols=max(1, min(5, 40//(widest + 4))), fontsize=8, frameon=False, markerscale=2.2, handletextpad=.1, columnspacing=1)
 
-# %% ../../nbs/report/figures.ipynb #c058
+# %% ../../nbs/report/figures.ipynb #c062
 def tsne(
     features,  # (n, D)
     labels,    # (n,) class names
@@ -439,7 +471,7 @@ def tsne(
     if several: _scatter(axes[0,1], xy, np.where(centres == "", "unknown", centres), "by centre")
     return fig
 
-# %% ../../nbs/report/figures.ipynb #c061
+# %% ../../nbs/report/figures.ipynb #c065
 def to_images(
     x # (B, 3, H, W) or (B, H, W, 3), arrays or tensors, uint8 or floats in [0, 1]
 )->np.ndarray: # (B, H, W, 3) floats in [0, 1]
@@ -449,7 +481,7 @@ def to_images(
     if x.shape[-1] != 3: x = x.transpose(0, 2, 3, 1)
     return x.clip(0, 1)
 
-# %% ../../nbs/report/figures.ipynb #c063
+# %% ../../nbs/report/figures.ipynb #c067
 def image_rows(
     rows:dict, # name -> images, as `to_images` takes them, all of one number
     title:str,
@@ -467,7 +499,7 @@ def image_rows(
     fig.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=.01, hspace=.01)
     return fig, axes
 
-# %% ../../nbs/report/figures.ipynb #c064
+# %% ../../nbs/report/figures.ipynb #c068
 def reconstruction_grid(
     original, masked, reconstruction, # (B, 3, H, W) each
     data:str # as from `data_label`
@@ -475,7 +507,7 @@ def reconstruction_grid(
     "Original, what the encoder saw, and what was reconstructed, a column per tile."
     return image_rows({"original": original, "masked": masked, "reconstruction": reconstruction}, f"Reconstructions: {data}")[0]
 
-# %% ../../nbs/report/figures.ipynb #c067
+# %% ../../nbs/report/figures.ipynb #c071
 def stretch(
     maps # (B, h, w)
 )->np.ndarray:
@@ -485,7 +517,7 @@ def stretch(
     low, high = m.min((1,2), keepdims=True), m.max((1,2), keepdims=True)
     return (m - low) / np.maximum(high - low, 1e-12)
 
-# %% ../../nbs/report/figures.ipynb #c068
+# %% ../../nbs/report/figures.ipynb #c072
 def attention_grid(
     images,    # (B, 3, H, W)
     maps:dict, # encoder -> (B, h, w), a value per patch

@@ -25,13 +25,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..evaluate.statistics import LOWER_IS_BETTER, METRICS, affordable_draws, bootstrap_units, paired_bootstrap, scores
+from ..evaluate.statistics import LOWER_IS_BETTER, METRICS, WeightedScores, affordable_draws, bootstrap_units, paired_bootstrap, scores
 
 # %% ../../nbs/report/tables.ipynb #c005
-KNOWN = {"random": "Random encoder", "histogram": "Colour histogram", "supervised": "Supervised from scratch", "imported": "Imported weights", "mae": "MAE", "sdmae": "SD-MAE"}
+KNOWN = {"random": "Random encoder", "histogram": "Colour histogram", "supervised": "Supervised from scratch", "imported": "Imported weights", "mae": "MAE", "sdmae": "SD-MAE", "miram": "MIRAM"}
 ENCODERS = dict(KNOWN) # and the variants of a run, once `name_variants` was told of them
 PROTOCOLS = {"linear": "linear probe", "linear_sgd": "linear probe (SGD)", "knn": "kNN", "finetune": "fine-tuned"}
 METRIC_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_auc": "macro AUC", "macro_f1": "macro F1", "ece": "ECE",
+                "macro_ap": "macro AP", "micro_ap": "micro AP", "micro_auc": "micro AUC",
+                "released_macro_ap": "macro AP, counted as released", "released_macro_auc": "macro AUC, counted as released",
                 "miou": "mIoU", "iou_nucleus": "IoU of nuclei", "dice": "Dice of nuclei"}
 
 # %% ../../nbs/report/tables.ipynb #c006
@@ -167,10 +169,11 @@ def _tidy(
 # %% ../../nbs/report/tables.ipynb #c023
 def collect(
     root,                    # folder that holds metrics/
-    methods=None, seeds=None, protocols=None # of the parameters; None takes all that is there
+    methods=None, seeds=None, protocols=None, # of the parameters; None takes all that is there
+    metrics=METRICS
 )->pd.DataFrame: # encoder, seed, subset, protocol, labels, metric, value, low, high; in the order of tables
     "All scores of classifiers as tidy rows; `FileNotFoundError` where there are none, `ValueError` on a broken or a second file for the same."
-    df = _tidy(root, ("probe", *(TRAINED if protocols is None else protocols)), METRICS, methods, seeds)
+    df = _tidy(root, ("probe", *(TRAINED if protocols is None else protocols)), metrics, methods, seeds)
     if df is None: raise FileNotFoundError(f"{Path(root)/'metrics'}: no scores there; run `dvc repro` first")
     return df
 
@@ -211,7 +214,7 @@ def cell(
 # %% ../../nbs/report/tables.ipynb #c033
 def results_table(
     df:pd.DataFrame, # as from `collect`
-    metrics=("balanced_accuracy", "macro_auc"),
+    metrics=("balanced_accuracy", "macro_ap", "macro_auc"), # those that there are
     protocols=None,  # in order; all by default
     bold:bool=False  # mark the best of each column, per number of labels, for Markdown
 )->pd.DataFrame:     # rows (labels, encoder), a column per protocol and metric, text
@@ -284,7 +287,8 @@ def paired_table(
     predictions:Predictions,
     a:str="sdmae", b:str="mae", # encoders; the difference is a − b
     groups=None,                # (n,) patient or slide of each predicted tile
-    n:int=1000, seed:int=0      # draws
+    n:int=1000, seed:int=0,     # draws
+    scorer=WeightedScores       # or `LabelScores`
 )->pd.DataFrame: # labels, protocol, metric, difference, low, high, excludes 0, runs, sd, same sign, draws
     "Paired bootstrap of a − b over the runs that both have; `ValueError` where they share none."
     keys = {(p, l) for p, l, e, s in predictions.files if e == a and (p, l, b, s) in predictions.files}
@@ -292,7 +296,7 @@ def paired_table(
     rows = []
     for protocol, labels in sorted(keys, key=lambda k: (place(k[1]), place(k[0], PROTOCOLS))):
         runs_a, runs_b = predictions.runs(protocol, labels, a), predictions.runs(protocol, labels, b)
-        rows += _paired_rows(predictions.targets, {k: (runs_a[k], runs_b[k]) for k in runs_a if k in runs_b}, groups, n, seed, labels=labels, protocol=protocol)
+        rows += _paired_rows(predictions.targets, {k: (runs_a[k], runs_b[k]) for k in runs_a if k in runs_b}, groups, n, seed, scorer, labels=labels, protocol=protocol)
     table = pd.DataFrame(rows)
     table.attrs["title"] = f"{ENCODERS.get(a, a)} − {ENCODERS.get(b, b)}"
     return table
@@ -301,12 +305,12 @@ def paired_table(
 def _paired_rows(
     targets,
     pairs:dict,         # (seed, subset) -> probabilities of a, of b
-    groups, n, seed,
+    groups, n, seed, scorer,
     **facts             # that stand in every row
 )->list[dict]: # a row per metric
     "One protocol and number of labels of `paired_table`."
-    d = paired_bootstrap(targets, *([p[i] for p in pairs.values()] for i in (0, 1)), groups, n, seed)
-    each = [(scores(targets, pa), scores(targets, pb)) for pa, pb in pairs.values()]
+    d = paired_bootstrap(targets, *([p[i] for p in pairs.values()] for i in (0, 1)), groups, n, seed, scorer)
+    each = [(scores(targets, pa, scorer), scores(targets, pb, scorer)) for pa, pb in pairs.values()]
     rows = []
     for m, (x, low, high) in d.items():
         run = np.array([sa[m] - sb[m] for sa, sb in each])
@@ -317,7 +321,7 @@ def _paired_rows(
 # %% ../../nbs/report/tables.ipynb #c048
 def paired_text(
     paired:pd.DataFrame,  # as from `paired_table`
-    metrics=METRICS
+    metrics=METRIC_NAMES
 )->pd.DataFrame:
     "The paired differences as they are read; what single runs cannot have is left out."
     p = paired[paired.metric.isin(metrics)]
@@ -466,7 +470,7 @@ def _markdown_page(df, data, paired, facts, more)->str:
     "The Markdown page of all tables."
     parts = [f"# Results: {data}\n", f"Test tiles; {spread_text(df)}; best in bold.\n", to_markdown(results_table(df, bold=True))]
     for p in sorted(df.protocol.unique(), key=lambda p: place(p, PROTOCOLS)):
-        parts += [f"## {data}: {PROTOCOLS.get(p, p)}, all scores\n", to_markdown(results_table(df, METRICS, [p], bold=True).rename(columns=lambda c: c.rpartition(", ")[2]))]
+        parts += [f"## {data}: {PROTOCOLS.get(p, p)}, all scores\n", to_markdown(results_table(df, METRIC_NAMES, [p], bold=True).rename(columns=lambda c: c.rpartition(", ")[2]))]
     if paired is not None: parts += [f"## {data}: {paired.attrs['title']}, paired bootstrap\n", to_markdown(paired_text(paired))]
     for title, table in more.values(): parts += [f"## {data}: {title}\n", to_markdown(table)]
     if facts is not None: parts += ["## What made this\n", to_markdown(provenance_table(facts))]

@@ -58,9 +58,9 @@ class Batches:
         idx:np.ndarray,     # rows
         batch_size:int,
         seed:int=0,
-        targets:bool=False  # batches are (images, targets) instead of (images,)
+        targets:str|None=None # a task of the store: batches are (images, targets) instead of (images,)
     ):
-        self.store, self.idx, self.seed, self.with_targets = store, np.asarray(idx), seed, targets
+        self.store, self.idx, self.seed, self.task = store, np.asarray(idx), seed, targets
         self.batch_size, self.order = min(batch_size, len(self.idx)), None
         if not len(self.idx): raise ValueError("no tiles to train on: the split is empty")
 
@@ -75,7 +75,7 @@ class Batches:
         "One batch, on the store's device."
         rows = self.rows(epoch, i)
         images = self.store.batch(rows)
-        return (images, self.store.targets(rows).to(images.device)) if self.with_targets else (images,)
+        return (images, self.store.targets(rows, self.task).to(images.device)) if self.task else (images,)
 
 # %% ../../nbs/train/engine.ipynb #c013
 class Callback:
@@ -91,13 +91,14 @@ def make_optimizer(
     lr:float          # peak
 )->torch.optim.Optimizer:
     "The optimiser that `optim.name` asks for."
-    if optim.name == "adamw": return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, fused=True)
+    adam = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam).get(optim.name)
+    if adam: return adam(groups, lr=lr, betas=optim.betas, fused=True)
     if optim.name == "sgd": return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, fused=True)
     parts = [{**g, "params": [p for p in g["params"] if (p.ndim > 1) == matrices], "always_adapt": matrices} for g in groups for matrices in (True, False)]
     for g in parts: g["weight_decay"] = g.get("weight_decay", 0.) if g["always_adapt"] else 0.
     return Lars([g for g in parts if g["params"]], lr=lr, momentum=optim.momentum)
 
-# %% ../../nbs/train/engine.ipynb #c018
+# %% ../../nbs/train/engine.ipynb #c020
 class Trainer:
     "Trains `model` for `epochs` over `batches`; goes on from `checkpoint` where that exists."
     def __init__(self,
@@ -124,7 +125,7 @@ class Trainer:
         self.optimizer = make_optimizer(groups, optim, self.peak)
         self.step, self.history, self.sums = 0, [], {}
 
-# %% ../../nbs/train/engine.ipynb #c020
+# %% ../../nbs/train/engine.ipynb #c022
 @patch
 def set_lr(self:Trainer)->float: # learning rate of this step
     "Schedule times each group's `lr_scale`."
@@ -148,7 +149,7 @@ def train_step(self:Trainer, batch:tuple):
     self.step += 1
     return lr
 
-# %% ../../nbs/train/engine.ipynb #c022
+# %% ../../nbs/train/engine.ipynb #c024
 @patch
 def log_epoch(self:Trainer, epoch:int, lr:float, images_per_s:float):
     "Close the epoch: means, callbacks' numbers, history. Raises `FloatingPointError` for a loss that is not finite."
@@ -160,7 +161,7 @@ def log_epoch(self:Trainer, epoch:int, lr:float, images_per_s:float):
     self.history.append(row)
     for c in self.callbacks: row |= c.after_epoch(self) or {}
 
-# %% ../../nbs/train/engine.ipynb #c023
+# %% ../../nbs/train/engine.ipynb #c025
 @patch
 def train_epoch(self:Trainer, epoch:int, bar):
     "The rest of one epoch, from the step where the run stands."
@@ -177,7 +178,7 @@ def train_epoch(self:Trainer, epoch:int, bar):
     bar.set_postfix(epoch=f"{epoch+1}/{self.epochs}", loss=f"{self.history[-1]['loss']:.4f}", refresh=False)
     self.maybe_checkpoint()
 
-# %% ../../nbs/train/engine.ipynb #c024
+# %% ../../nbs/train/engine.ipynb #c026
 @patch
 def fit(self:Trainer)->list[dict]: # one row of numbers an epoch
     "Train to the end, from the checkpoint if there is one; the checkpoint is removed when the run is complete."
