@@ -1,6 +1,7 @@
 "MAE, SD-MAE and MIRAM against independent implementations."
 import json, math
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from timm.layers import Attention
 from torch.nn import functional as F
@@ -381,10 +382,10 @@ def test_methods_train_on_grey_batches(kind):
 def test_evaluation_sees_grey_images():
     "Features, fine-tuning and predictions of one channel are those of three."
     class Store:
-        classes = ["a", "b"]
         def __init__(self, images): self.images = images
         def batch(self, rows): return self.images[torch.as_tensor(rows)]
-        def targets(self, rows): return torch.as_tensor(rows) % 2
+        def task(self, name): return SimpleNamespace(classes=["a", "b"], multi=False)
+        def targets(self, rows, task="label"): return torch.as_tensor(rows) % 2
     images, rows = torch.randint(0, 256, (12, 1, 40, 40), dtype=torch.uint8), np.arange(12)
     grey, colour = Store(images), Store(images.repeat(1, 3, 1, 1))
     params = FinetuneParams(epochs=1, batch_size=4, optim=OPTIM, views=ViewParams(vflip=True, rotate=25, intensity=.08, erasing=.5), mixup=.8)
