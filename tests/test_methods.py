@@ -1,15 +1,27 @@
-"MAE and SD-MAE against independent implementations."
+"MAE, SD-MAE and MIRAM against independent implementations."
+import json, math
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pytest, torch
-from sdmae.params import DecoderParams, HeadParams, MAEParams, ModelParams, OptimParams, SDMAEParams
+from timm.layers import Attention
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as TF, InterpolationMode
+from sdmae.evaluate.features import extract
+from sdmae.evaluate.finetune import fit_classifier, predict
+from sdmae.params import DecoderParams, EncoderForm, FinetuneParams, HeadParams, MAEParams, MIRAMParams, ModelParams, NystromParams, OptimParams, SDMAEParams, ViewParams
 from sdmae.methods.mae import MAE
+from sdmae.methods.miram import MIRAM, Nystrom, finer, in_order
 from sdmae.methods.sdmae import SDMAE
-from sdmae.models.decoders import split_tokens
-from sdmae.models.vit import sincos1d, sincos2d
+from sdmae.models.decoders import pixel_target, split_tokens
+from sdmae.models.vit import build_encoder, sincos1d, sincos2d
+from sdmae.models.weights import our_mae_name
 from sdmae.reference import compare, float64, main
-from sdmae.views.augment import normalize, to_unit
+from sdmae.views import augment
+from sdmae.views.augment import MEAN, STD, Views, normalize, to_unit, whole
+from sdmae.views.geometry import random_boxes
 
 REFERENCE = Path(__file__).parents[2]/"shared"/"reference"/"sdmae.npz"
+MIRAM_REFERENCE = REFERENCE.with_name("miram.npz")
 SHAPE = ModelParams(patch_size=8, embed_dim=48, depth=2, num_heads=3)
 DECODER, OPTIM = DecoderParams(embed_dim=32, depth=2, num_heads=4), OptimParams(base_lr=1e-3)
 
@@ -21,6 +33,14 @@ def test_sdmae_is_the_authors_to_nine_digits(capsys):
     assert max(worst.values()) <= 1e-9, worst
     assert main([str(REFERENCE)]) == 0
     assert main([str(REFERENCE), "--tolerance", "1e-30"]) == 1
+
+
+@pytest.mark.skipif(not MIRAM_REFERENCE.exists(), reason=f"the authors' numbers are not here: {MIRAM_REFERENCE.name} beside the project")
+def test_miram_is_the_authors_to_nine_digits():
+    worst = compare(MIRAM_REFERENCE)
+    assert len(worst) > 100 and {"pred", "highres_pred", "mask", "loss", "grad mask_token", "grad highres_decoder_pred.bias"} <= worst.keys()
+    assert max(worst.values()) <= 1e-9, worst
+    assert main([str(MIRAM_REFERENCE), str(REFERENCE)]) == 0
 
 
 def hf_mae():
@@ -134,3 +154,280 @@ def test_distill_token_equals_mean_for_one_visible_token():
 def test_release_counts_masked_tokens():
     m = SDMAE(SDMAEParams(decoder=DECODER, optim=OPTIM, mask_ratio=0.6), ModelParams(patch_size=4, embed_dim=48, depth=1, num_heads=3), 56)
     assert m.n_tokens == 196 and m.n_tokens - m.n_visible == 117
+
+
+# MIRAM
+
+def miram(model=SHAPE, image_size=48, **kwargs):
+    "Random weights, each of its own."
+    torch.manual_seed(0)
+    m = MIRAM(MIRAMParams(**dict(decoder=DECODER, optim=OPTIM) | kwargs), model, image_size)
+    for p in m.parameters():
+        if p.requires_grad: torch.nn.init.normal_(p, std=0.1)
+    return m
+
+
+def release_state(m, of=lambda v: v):
+    "Weights under the names of MIRAM's release, by the inverse of none of our code: each part written out."
+    parts = [("decoder.mask_token", "mask_token"), ("decoder.pos_embed", "decoder_pos_embed"), ("decoder.embed.", "decoder_embed."), ("decoder.blocks.", "decoder_blocks."), ("decoder.norm.", "decoder_norm."),
+             ("pixels.", "decoder_pred."), ("further.0.pos_embed", "highres_decoder_pos_embed"), ("further.0.blocks.", "highres_decoder_blocks."), ("further.0.norm.", "highres_decoder_norm."),
+             ("further.0.pixels.", "highres_decoder_pred."), ("encoder.", "")]
+    return {next(name.replace(a, b, 1) for a, b in parts if name.startswith(a)): of(v) for name, v in m.state_dict(keep_vars=True).items()}
+
+
+def plain_miram(w, x, noise, patch, heads, decoder_heads, keep):
+    "MIRAM from the release's weights alone, in plain tensor algebra: masks of full size, tokens put back by sorting."
+    norm = lambda name, t: F.layer_norm(t, t.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
+    linear = lambda name, t: t @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    place = lambda t, ids: t.gather(1, ids[..., None].expand(-1, -1, t.shape[-1]))
+
+    def blocks(name, t, heads):
+        for i in range(1 + max(int(k.split(".")[1]) for k in w if k.startswith(f"{name}."))):
+            b = f"{name}.{i}"
+            q, k, v = (o.unflatten(2, (heads, -1)).transpose(1, 2) for o in linear(f"{b}.attn.qkv", norm(f"{b}.norm1", t)).chunk(3, -1))
+            t = t + linear(f"{b}.attn.proj", ((q @ k.mT / q.shape[-1]**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
+            t = t + linear(f"{b}.mlp.fc2", F.gelu(linear(f"{b}.mlp.fc1", norm(f"{b}.norm2", t))))
+        return t
+
+    def target(image):
+        t = image.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+        return (t - t.mean(2, keepdim=True)) / (t.var(2, keepdim=True) + 1e-6).sqrt()
+
+    order = noise.argsort(1); back = order.argsort(1)
+    t = F.conv2d(x, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=patch).flatten(2).mT + w["pos_embed"][:, 1:]
+    t = torch.cat([(w["cls_token"] + w["pos_embed"][:, :1]).expand(len(x), -1, -1), place(t, order[:, :keep])], 1)
+    t = linear("decoder_embed", norm("norm", blocks("blocks", t, heads)))
+    full = place(torch.cat([t[:, 1:], w["mask_token"].expand(len(x), noise.shape[1] - keep, -1)], 1), back)
+    low = blocks("decoder_blocks", torch.cat([t[:, :1], full], 1) + w["decoder_pos_embed"], decoder_heads)
+    grid = math.isqrt(noise.shape[1])
+    fine = F.interpolate(full.mT.unflatten(2, (grid, grid)), scale_factor=2, mode="nearest").flatten(2).mT
+    high = blocks("highres_decoder_blocks", torch.cat([t[:, :1], fine], 1) + w["highres_decoder_pos_embed"], decoder_heads)
+    low, high = linear("decoder_pred", norm("decoder_norm", low))[:, 1:], linear("highres_decoder_pred", norm("highres_decoder_norm", high))[:, 1:]
+    mask = (back >= keep).to(x)
+    errors = [(low - target(x)).square().mean(2), (high - target(F.interpolate(x, scale_factor=2, mode="nearest"))).square().mean(2)]
+    return low, high, mask, (errors[0]*mask).sum()/mask.sum() + errors[1].mean()
+
+
+ODD = dict(model=ModelParams(patch_size=4, embed_dim=32, depth=1, num_heads=2, mlp_ratio=3.), image_size=20, mask_ratio=0.6, decoder=DecoderParams(embed_dim=20, depth=3, num_heads=5))
+
+@pytest.mark.parametrize("form", [{}, ODD], ids=["even", "odd"])
+def test_miram_is_its_description(form):
+    "Both predictions, loss and every gradient against plain tensor algebra."
+    with float64(): m = miram(**form)
+    w = release_state(m, lambda v: v.detach().clone().requires_grad_())
+    n, size = m.n_tokens, m.encoder.image_size
+    x, noise = torch.rand(3, 3, size, size, dtype=torch.float64), torch.rand(3, n, dtype=torch.float64)
+    model, decoder = form.get("model", SHAPE), form.get("decoder", DECODER)
+    low, high, mask, wanted = plain_miram(w, normalize(x), noise, model.patch_size, model.num_heads, decoder.num_heads, m.n_visible)
+    visible, masked = split_tokens(noise, m.n_visible)
+    out, parts = m.forward_scales(x, visible, masked, ["all", "all"]), m.loss_on(x, visible, masked)
+    for (ids, pred), theirs in zip(out.values(), (low, high)): assert (in_order(pred, ids) - theirs).abs().max() < 1e-12
+    assert torch.equal(torch.zeros_like(noise).scatter(1, masked, 1.), mask) and abs(parts["loss"] - wanted) < 1e-12
+    parts["loss"].backward(); wanted.backward()
+    own = dict(m.named_parameters())
+    for name, v in w.items():
+        if not name.endswith("pos_embed"): assert (own[our_mae_name(name)].grad - v.grad).abs().max() < 1e-12, name
+
+
+def test_reference_files_of_any_size(tmp_path):
+    "A file as the authors' are, of other sizes, made from plain tensor algebra; a spoiled number is told."
+    with float64(): m = miram(**ODD)
+    w = release_state(m, lambda v: v.detach().clone().requires_grad_())
+    images, noise = torch.randint(0, 256, (2, 3, 3, 20, 20), dtype=torch.uint8), torch.rand(2, 3, 25, dtype=torch.float64)
+    steps = [plain_miram(w, normalize(to_unit(i, torch.float64)), o, 4, 2, 5, int(25*0.4)) for i, o in zip(images, noise)]
+    steps[-1][-1].backward()
+    meta = dict(img_size=20, patch_size=4, encoder=dict(dim=32, depth=1, heads=2), decoder=dict(dim=20, depth=3, heads=5), mask_ratio=0.6, scales=[1, 2], target_interpolation="nearest",
+                loss=dict(low="masked patches", high="all patches", weights=[1, 1]), norm_pix=True, layernorm_eps=1e-6, grad_norm_last_step={k: v.grad.norm().item() for k, v in w.items() if not k.endswith("pos_embed")})
+    arrays = {f"weight/{k}": v.detach() for k, v in w.items()} | {"in/images": images, "in/noise": noise}
+    arrays |= {f"out/{k}": torch.stack(v).detach() for k, v in zip(("pred", "highres_pred", "mask", "loss"), zip(*steps))}
+    def write(**change): np.savez(tmp_path/"a.npz", meta=json.dumps(meta | change), **arrays); return [str(tmp_path/"a.npz")]
+    assert main(write()) == 0
+    arrays["out/highres_pred"] = arrays["out/highres_pred"] + 1e-8
+    assert main(write()) == 1
+    assert main(write(scales=[1, 2, 4])) == 2 and main(write(loss=meta["loss"] | dict(low="some"))) == 2
+
+
+def test_miram_of_one_scale_is_mae():
+    "From one seed: equal weights, and from equal views and masks equal loss and gradients."
+    views = ViewParams(hflip=False, scale=(1., 1.), ratio=(1., 1.))
+    with float64():
+        torch.manual_seed(0); a = MAE(MAEParams(decoder=DECODER, optim=OPTIM, views=views), SHAPE, 48)
+        torch.manual_seed(0); b = MIRAM(MIRAMParams(decoder=DECODER, optim=OPTIM, views=views, scales=[1], patches=["masked"], weights=[1.], target="native"), SHAPE, 48)
+        assert a.state_dict().keys() == b.state_dict().keys() and all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+        images = torch.randint(0, 256, (4, 3, 48, 48), dtype=torch.uint8)
+        torch.manual_seed(1); one = a.loss_on(to_unit(images, torch.float64), *a.draw_mask(4, "cpu"))
+        torch.manual_seed(1); two = b.loss_on(to_unit(images, torch.float64), *b.draw_mask(4, "cpu"))
+    one["loss"].backward(); two["loss"].backward()
+    assert abs(one["loss"] - two["loss"]) <= 1e-12 and abs(one["structure_r2"] - two["structure_r2"]) <= 1e-12
+    for (k, p), q in zip(a.named_parameters(), b.parameters()): assert p.grad is None or (p.grad - q.grad).abs().max() <= 1e-12, k
+
+
+@pytest.mark.parametrize("switch", [{}, {"target": "native"}, {"attention": "nystrom", "nystrom": NystromParams(landmarks=10, kernel=5)}, {"patches": ["all", "masked"]}, {"class_token": False}, {"target_norm": "none"},
+                                    {"scales": [1, 2, 3], "patches": ["masked", "all", "masked"], "weights": [1., .5, .2], "target": "native", "pos_embed": "sincos1d"}], ids=str)
+def test_every_switch_of_miram_trains(switch):
+    "The loss falls on one batch, every weight is reached, and a step from tiles gives the same parts."
+    m = miram(**switch)
+    tiles = torch.randint(0, 256, (6, 1, 48*m.params.scales[-1], 48*m.params.scales[-1]), dtype=torch.uint8)
+    fine = whole(to_unit(tiles), m.views.image_size)
+    x, ids = whole(fine, 48), m.draw_mask(6, "cpu")
+    optimizer, losses = torch.optim.AdamW(m.parameters(), 1e-3), []
+    for _ in range(15):
+        loss = m.loss_on(x, *ids, fine)["loss"]; losses.append(loss.item())
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+    assert losses[-1] < losses[0]
+    assert all(p.grad.abs().sum() > 0 for p in m.parameters() if p.requires_grad)
+    parts = m(tiles)
+    assert {"loss", *(f"loss_{s}" for s in m.params.scales), "structure_r2", "structure_r2_2"} <= parts.keys()
+    assert parts["loss"].item() == pytest.approx(sum(w*parts[f"loss_{s}"].item() for w, s in zip(m.params.weights, m.params.scales)))
+
+
+def test_structure_is_that_of_hidden_patches():
+    "Whether or not the loss counts the visible ones."
+    x, parts = torch.rand(2, 3, 48, 48), []
+    for patches in (["masked", "all"], ["all", "masked"]):
+        m = miram(patches=patches)
+        parts.append(m.loss_on(x, *m.draw_mask(2, "cpu", torch.Generator().manual_seed(0))))
+    a, b = parts
+    assert all(a[k].item() == pytest.approx(b[k].item(), rel=1e-5) for k in ("structure_r2", "structure_r2_2"))
+    assert all(abs(a[k] - b[k]) > 1e-5 for k in ("loss_1", "loss_2"))
+
+
+def test_a_scale_without_weight_teaches_nothing():
+    m = miram(weights=[1., 0.])
+    m(torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8))["loss"].backward()
+    assert all(p.grad.abs().sum() == 0 for p in m.further.parameters()) and m.pixels.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3])
+def test_finer_patches_are_the_enlarged_mask(scale):
+    "Indices against numpy's Kronecker product of the mask."
+    mask = np.random.default_rng(0).random((5, 5)) < 0.4
+    ids = torch.from_numpy(np.flatnonzero(mask))[None]
+    assert sorted(finer(ids, 5, scale)[0].tolist()) == np.flatnonzero(np.kron(mask, np.ones((scale, scale)))).tolist()
+
+
+def test_targets_of_miram():
+    "Upsampled repeats the input's pixels; native is the tile itself, and the input torchvision's antialiased resize of it."
+    tile = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
+    plain = ViewParams(hflip=False, scale=(1., 1.), ratio=(1., 1.))
+    seen, m = {}, miram(target="native", views=plain)
+    m.loss_on = lambda x, visible, masked, fine: seen.update(x=x, fine=fine)
+    m(tile)
+    assert torch.allclose(seen["fine"], tile/255, atol=1e-5) and torch.equal(m.image_at(2, seen["x"], seen["fine"]), seen["fine"])
+    small = TF.resize(tile/255, [48, 48], interpolation=InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    assert torch.allclose(seen["x"], small, atol=2e-3)
+    up = miram().image_at(2, small)
+    assert np.array_equal(up.numpy(), small.numpy().repeat(2, 2).repeat(2, 3))
+    with pytest.raises(ValueError, match="native needs the view"): m.image_at(2, small)
+    with pytest.raises(ValueError, match="needs tiles of 96 px, these have 48: raise data.image_size"): m(tile[..., :48, :48])
+
+
+@pytest.mark.parametrize("target", ["upsampled", "native"])
+def test_reconstruction_at_two_scales(target):
+    "A perfect prediction gives the original; the first scale's pictures are MAE's."
+    m, tile = miram(target=target), torch.randint(0, 256, (2, 1, 96, 96), dtype=torch.uint8)
+    pictures = m.reconstruct(tile, seed=3)
+    assert list(pictures) == ["original", "masked", "reconstruction", "original_2", "reconstruction_2"]
+    assert [v.shape[-1] for v in pictures.values()] == [48, 48, 48, 96, 96] and all(v.shape[1] == 3 and 0 <= v.min() and v.max() <= 1 for v in pictures.values())
+    for k, v in MAE.reconstruct(m, tile, seed=3).items(): assert torch.equal(v, pictures[k])
+    if target == "native": assert torch.equal(pictures["original_2"], (tile/255).expand(-1, 3, -1, -1))
+    every = torch.arange(144).expand(2, -1)
+    m.forward_scales = lambda x, visible, masked: {1: None, 2: (every, pixel_target(normalize(pictures["original_2"]), every, 8, "joint"))}
+    perfect = m.reconstruct(tile, seed=3)
+    assert (perfect["reconstruction_2"] - perfect["original_2"]).abs().max() < 1e-4
+
+
+def nystrom_and_full(landmarks, n, iterations=6, dim=48, heads=3):
+    "Both attentions with the same weights, and smooth tokens."
+    torch.manual_seed(0)
+    full, ours = Attention(dim, heads), Nystrom(dim, heads, NystromParams(landmarks=landmarks, iterations=iterations))
+    for a, b in ((ours.to_qkv, full.qkv), (ours.to_out[0], full.proj)): a.weight.data.copy_(torch.nn.init.xavier_uniform_(b.weight))
+    for p in (full.proj.bias, ours.to_out[0].bias, ours.res_conv.weight): torch.nn.init.zeros_(p)
+    x = 1.4*torch.sin(torch.linspace(0, 30, n)[:, None]*torch.rand(dim) + 6*torch.rand(dim))[None]
+    return ours, full, x
+
+
+@pytest.mark.parametrize("landmarks, n, iterations, tolerance", [(65, 65, 6, 0.03), (65, 65, 20, 1e-3), (64, 197, 6, 0.03), (50, 65, 6, 0.03), (100, 65, 20, 1e-3)])
+def test_nystrom_attention_is_near_full_attention(landmarks, n, iterations, tolerance):
+    "Up to the pseudo-inverse: about 2 % after 6 iterations, 0.1 % after 20; token counts need not be multiples of the landmarks."
+    ours, full, x = nystrom_and_full(landmarks, n, iterations)
+    a, b = ours(x), full(x)
+    assert (a - b).norm() / b.norm() < tolerance
+    a.square().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in ours.parameters())
+
+
+def test_nystrom_kernel_is_odd():
+    with pytest.raises(ValueError, match="kernel 32 has no centre: use an odd one, 33"): Nystrom(48, 3, NystromParams(kernel=32))
+
+
+# Grey images
+
+@pytest.mark.parametrize("kind", ["mae", "sdmae", "upsampled", "native"])
+def test_methods_train_on_grey_batches(kind):
+    "One channel gives the loss of three equal ones, and reconstructions in three."
+    views = ViewParams(vflip=True, rot90=True, rotate=20, zoom=(.8, 1.2), intensity=.1, color_jitter=.2, od_jitter=0.)
+    torch.manual_seed(0)
+    if kind == "mae": m = MAE(MAEParams(decoder=DECODER, optim=OPTIM, views=views), SHAPE, 48)
+    elif kind == "sdmae": m = SDMAE(SDMAEParams(decoder=DECODER, optim=OPTIM, views=views, head=HeadParams(hidden_dim=32, bottleneck_dim=16, out_dim=64)), SHAPE, 48)
+    else: m = miram(target=kind, views=views)
+    images = torch.randint(0, 256, (4, 1, 96, 96), dtype=torch.uint8)
+    torch.manual_seed(1); one = m(images)["loss"]
+    torch.manual_seed(1); three = m(images.expand(-1, 3, -1, -1))["loss"]
+    assert one.item() == pytest.approx(three.item(), rel=1e-3)  # luma's weights add up to 0.9999
+    one.backward()
+    for k, v in m.reconstruct(images).items(): assert v.shape[1] == 3 and torch.equal(v, m.reconstruct(images.repeat(1, 3, 1, 1))[k]), k
+
+
+def test_evaluation_sees_grey_images():
+    "Features, fine-tuning and predictions of one channel are those of three."
+    class Store:
+        def __init__(self, images): self.images = images
+        def batch(self, rows): return self.images[torch.as_tensor(rows)]
+        def task(self, name): return SimpleNamespace(classes=["a", "b"], multi=False)
+        def targets(self, rows, task="label"): return torch.as_tensor(rows) % 2
+    images, rows = torch.randint(0, 256, (12, 1, 40, 40), dtype=torch.uint8), np.arange(12)
+    grey, colour = Store(images), Store(images.repeat(1, 3, 1, 1))
+    params = FinetuneParams(epochs=1, batch_size=4, optim=OPTIM, views=ViewParams(vflip=True, rotate=25, intensity=.08, erasing=.5), mixup=.8)
+    def features(store): torch.manual_seed(0); return extract(build_encoder(32, SHAPE, EncoderForm()), store, rows, MEAN, STD, "cpu")
+    def probabilities(store):
+        torch.manual_seed(0)
+        return predict(fit_classifier(build_encoder(32, SHAPE, EncoderForm(), num_classes=2), store, rows, params)[0], store, rows)
+    assert np.allclose(features(grey), features(colour), atol=1e-5) and np.allclose(probabilities(grey), probabilities(colour), atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [dict(od_jitter=.3), dict(color_jitter=.4), dict(rand_augment="rand-m9-mstd0.5-inc1"), dict(intensity=.2)])
+def test_grey_views_stay_grey(change):
+    out = Views(ViewParams(**change), 24)(torch.randint(0, 256, (5, 1, 32, 32), dtype=torch.uint8))
+    assert out.shape == (5, 3, 24, 24) and 0 <= out.min() and out.max() <= 1
+    if "rand_augment" not in change: assert torch.equal(out[:, 0], out[:, 1]) and torch.equal(out[:, 0], out[:, 2])
+
+
+def test_two_channels_are_refused():
+    with pytest.raises(ValueError, match="images of 2 channels: one .grey. or three"): Views(ViewParams(), 24)(torch.zeros(2, 2, 32, 32, dtype=torch.uint8))
+
+
+# Views
+
+def test_views_that_are_off_draw_no_number():
+    "The generator is left where box and flip leave it, and the pixels are theirs."
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    torch.manual_seed(0); Views(ViewParams(rotate=0., zoom=(1., 1.), intensity=0.), 24)(images); after = torch.rand(1)
+    torch.manual_seed(0); random_boxes(5, 32, 32, (0.2, 1.), (3/4, 4/3)); torch.rand(5)
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_rotation_and_zoom_are_torchvisions(monkeypatch):
+    "Angles and factors lie in their bounds, and the pixels are those of `affine`."
+    drawn, real = [], augment.rotate_zoom
+    def note(images, angle, factor): drawn.append((images, angle, factor)); return real(images, angle, factor)
+    monkeypatch.setattr(augment, "rotate_zoom", note)
+    images = torch.randint(0, 256, (200, 1, 6, 6), dtype=torch.uint8).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    out = Views(ViewParams(rotate=25, zoom=(.8, 1.3), hflip=False), 24)(images)
+    (x, angle, factor), = drawn
+    assert -25 <= angle.min() < -20 and 20 < angle.max() <= 25 and .8 <= factor.min() < .85 and 1.25 < factor.max() <= 1.3
+    for i in range(5):
+        wanted = TF.affine(x[i], angle[i].item(), [0, 0], factor[i].item(), [0., 0.], interpolation=InterpolationMode.BILINEAR)
+        assert torch.allclose(out[i], wanted.expand(3, -1, -1), atol=1e-4)
+    Views(ViewParams(zoom=(1.2, 1.2)), 24)(images[:2])
+    assert drawn[1][1].abs().max() == 0 and torch.allclose(drawn[1][2], torch.tensor(1.2)), "zoom alone does not turn"

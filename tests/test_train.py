@@ -21,7 +21,8 @@ class Tiles:
     def batch(self, rows): return self.images[torch.as_tensor(rows)]
 
 
-PARAMS = parse_params(compose(["data.image_size=32", "model.embed_dim=24", "model.depth=2", "model.num_heads=2"]))
+VALUES = compose(["data.image_size=32", "model.embed_dim=24", "model.depth=2", "model.num_heads=2"])
+PARAMS = parse_params(VALUES | dict(method=VALUES["method"] | dict(miram=VALUES["method"]["mae"]))) # MIRAM by its defaults
 
 
 class Stop(Callback):
@@ -38,7 +39,7 @@ def run(name, callbacks=(), epochs=4, **kwargs):
     return model, t.fit()
 
 
-@pytest.mark.parametrize("name", ["mae", "sdmae"])
+@pytest.mark.parametrize("name", ["mae", "sdmae", "miram"])
 def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
     "Views, masks, moments and centre included: equal weights to the last bit."
     whole, history = run(name)
@@ -103,7 +104,7 @@ def test_devices():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["mae", "sdmae"])
+@pytest.mark.parametrize("name", ["mae", "sdmae", "miram"])
 def test_gpu_gives_the_cpu_loss(name):
     "The same weights, tiles and masks: equal loss to float32's rounding, fused attention included."
     x = Tiles.images[:8].float()/255

@@ -6,11 +6,12 @@ import numpy as np, pytest, timm, torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
-from sdmae.params import DecoderParams, EncoderForm, HeadParams, ImportedParams, MAEParams, ModelParams, OptimParams, SDMAEParams
+from sdmae.params import DecoderParams, EncoderForm, HeadParams, ImportedParams, MAEParams, MIRAMParams, ModelParams, OptimParams, SDMAEParams
 from sdmae.models.vit import Encoder, build_encoder, load_encoder, save_encoder, sincos1d
 from sdmae.models.weights import (encoder_weights, export_timm, find_encoder, import_encoder, load_method, main, only_weights, read_checkpoint, weights_in)
 from sdmae.methods.imported import Imported
 from sdmae.methods.mae import MAE
+from sdmae.methods.miram import MIRAM
 from sdmae.methods.sdmae import SDMAE
 
 ROOT = Path(__file__).parents[1]
@@ -144,16 +145,17 @@ def test_timm_reads_weights_only_too(tmp_path):
 
 # In: the releases
 
-def mae_checkpoint(seed=0):
-    "The layout of facebookresearch/mae, each name written out; the network as our MAE."
+def mae_checkpoint(seed=0, miram=False):
+    "The layout of facebookresearch/mae, or of MIRAM's release, each name written out; the network as ours."
     torch.manual_seed(seed)
-    ours = MAE(MAEParams(decoder=DECODER, optim=OPTIM), SHAPE, 32).eval()
+    ours = (MIRAM(MIRAMParams(decoder=DECODER, optim=OPTIM), SHAPE, 32) if miram else MAE(MAEParams(decoder=DECODER, optim=OPTIM), SHAPE, 32)).eval()
     for p in ours.parameters(): torch.nn.init.normal_(p, std=0.1)
     theirs = {"cls_token": "encoder.cls_token", "pos_embed": "encoder.pos_embed", "mask_token": "decoder.mask_token", "decoder_pos_embed": "decoder.pos_embed"}
-    for a, b in (("patch_embed.proj", "encoder.patch_embed.proj"), ("norm", "encoder.norm"), ("decoder_embed", "decoder.embed"),
-                 ("decoder_norm", "decoder.norm"), ("decoder_pred", "pixels")):
+    if miram: theirs |= {"highres_decoder_pos_embed": "further.0.pos_embed"}
+    for a, b in (("patch_embed.proj", "encoder.patch_embed.proj"), ("norm", "encoder.norm"), ("decoder_embed", "decoder.embed"), ("decoder_norm", "decoder.norm"), ("decoder_pred", "pixels"),
+                 *[("highres_decoder_norm", "further.0.norm"), ("highres_decoder_pred", "further.0.pixels")]*miram):
         theirs |= {f"{a}.{w}": f"{b}.{w}" for w in ("weight", "bias")}
-    for a, b in (("blocks", "encoder.blocks"), ("decoder_blocks", "decoder.blocks")):
+    for a, b in (("blocks", "encoder.blocks"), ("decoder_blocks", "decoder.blocks"), *[("highres_decoder_blocks", "further.0.blocks")]*miram):
         theirs |= {f"{a}.{i}.{part}.{w}": f"{b}.{i}.{part}.{w}" for i in range(2) for w in ("weight", "bias")
                    for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")}
     state = ours.state_dict()
@@ -167,16 +169,17 @@ def beside():
                 scaler=dict(scale=65536.), args=argparse.Namespace(batch_size=64, model="mae_vit_base_patch16", norm_pix_loss=True, blr=1e-4, lr=None, betas=(0.9, 0.95)))
 
 
-def test_mae_encoder(tmp_path):
+@pytest.mark.parametrize("miram", [False, True])
+def test_mae_encoder(tmp_path, miram):
     "The encoder's tokens are those of timm's network with the same dict, as fine-tuning with facebookresearch's code loads it."
-    ours, state = mae_checkpoint()
+    ours, state = mae_checkpoint(miram=miram)
     torch.save(dict(model=state, **beside()), tmp_path/"mae.pth")
     config = import_encoder(tmp_path/"mae.pth", tmp_path/"run", num_heads=3)
     theirs = vit(1)
     missing, unknown = theirs.load_state_dict(state, strict=False)
-    assert set(missing) == {"head.weight", "head.bias"} and all(k.startswith(("decoder_", "mask_token")) for k in unknown)
+    assert set(missing) == {"head.weight", "head.bias"} and all(k.startswith(("decoder_", "highres_decoder_", "mask_token")) for k in unknown)
     assert equal(load_encoder(tmp_path/"run")[0].eval().tokens(images()), theirs.forward_features(images()))
-    assert config["imported"]["layout"] == "mae" and config["imported"]["positions"] == "as in the file"
+    assert config["imported"]["layout"] == ("miram" if miram else "mae") and config["imported"]["positions"] == "as in the file"
 
 
 def test_mae_whole(tmp_path):
@@ -196,6 +199,21 @@ def test_mae_whole(tmp_path):
     import_encoder(tmp_path/"own.pt", tmp_path/"b", num_heads=3)
     a, b = (load_file(tmp_path/o/"encoder.safetensors") for o in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_miram_whole(tmp_path):
+    "Both decoders are in their places; neither method takes the other's file."
+    theirs, state = mae_checkpoint(miram=True)
+    torch.save(dict(model=state, **beside()), tmp_path/"miram.pth")
+    ours = MIRAM(theirs.params, SHAPE, 32).eval()
+    load_method(ours, read_checkpoint(tmp_path/"miram.pth"))
+    x, mask = torch.rand(3, 3, 32, 32), theirs.draw_mask(3, "cpu")
+    with torch.no_grad(): a, b = ours.loss_on(x, *mask), theirs.loss_on(x, *mask)
+    assert all(torch.equal(a[k], b[k]) for k in ("loss", "loss_1", "loss_2"))
+    mae = MAE(MAEParams(decoder=DECODER, optim=OPTIM), SHAPE, 32)
+    with pytest.raises(ValueError, match="does not fit this MAE.*unknown: .'further.0"): load_method(mae, state, "miram.pth")
+    with pytest.raises(ValueError, match="does not fit this MIRAM. Missing: .'further.0"): load_method(ours, mae_checkpoint()[1], "mae.pth")
+    assert encoder_weights(ours.state_dict())[0] == "own"
 
 
 def sdmae_checkpoint(seed=0):

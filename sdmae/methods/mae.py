@@ -16,7 +16,7 @@ from ..models.decoders import Decoder, split_tokens, pixel_target, denormalize, 
 
 # %% ../../nbs/methods/mae.ipynb #c005
 class MaskedAutoencoder(nn.Module):
-    "Encoder, decoder and pixel head; what MAE and SD-MAE share."
+    "Encoder, decoder and pixel head; what MAE, SD-MAE and MIRAM share."
     projection_bias = True                  # of the map from encoder to decoder
     def __init__(self,
         params:MaskedParams,                # the method's section
@@ -84,7 +84,7 @@ def loss_on(self:MaskedAutoencoder,
 
 @patch
 def forward(self:MaskedAutoencoder,
-    images:Tensor # (B, 3, H, W) uint8
+    images:Tensor # (B, 1 or 3, H, W) uint8
 )->dict:          # "loss" and its named parts
     "One training step's loss: draw views and masks, then `loss_on`."
     x = self.views(images)
@@ -98,7 +98,7 @@ class MAE(MaskedAutoencoder):
 @patch
 @torch.no_grad()
 def reconstruct(self:MaskedAutoencoder,
-    images:Tensor, # (B, 3, H, W) uint8
+    images:Tensor, # (B, 1 or 3, H, W) uint8
     seed:int=0     # of the masks, so that pictures of several epochs compare
 )->dict:           # original, masked, reconstruction: (B, 3, H, W) in [0, 1]
     "What the model makes of hidden patches; no views are drawn."

@@ -20,7 +20,7 @@ def build_method(
     params:Params,
     seed:int=0,    # of the weights
     device="cpu"
-)->nn.Module:      # images (B, 3, H, W) uint8 → {"loss": …, named parts}
+)->nn.Module:      # images (B, 1 or 3, H, W) uint8 → {"loss": …, named parts}
     "A freshly initialised method. Raises `ValueError` for an unknown name."
     torch.manual_seed(seed)
     module = params.method.of(name)

@@ -106,16 +106,17 @@ def our_state(weights:dict)->dict: # the release's names → ours
 
 # %% ../../nbs/models/weights.ipynb #c018
 MAE_NAMES = dict(mask_token="decoder.mask_token", decoder_pos_embed="decoder.pos_embed", decoder_embed="decoder.embed",
-                 decoder_blocks="decoder.blocks", decoder_norm="decoder.norm", decoder_pred="pixels")
+                 decoder_blocks="decoder.blocks", decoder_norm="decoder.norm", decoder_pred="pixels",
+                 **{f"highres_decoder_{theirs}": f"further.0.{ours}" for theirs, ours in dict(pos_embed="pos_embed", blocks="blocks", norm="norm", pred="pixels").items()})
 
 def our_mae_name(name:str)->str: # facebookresearch's name → ours
-    "Translate the name of a weight of facebookresearch/mae."
+    "Translate the name of a weight of facebookresearch/mae, or of MIRAM's release."
     first, dot, rest = name.partition(".")
     return MAE_NAMES.get(first, f"encoder.{first}") + dot + rest
 
 # %% ../../nbs/models/weights.ipynb #c021
 SIGNS = {"own": "decoder.embed.weight", "sdmae": "encoder.patch_embed.proj.weight", "sdmae fine-tuned": "blocks.0.attn.q_bias",
-         "mae": "decoder_embed.weight", "timm": "patch_embed.proj.weight"} # layout → a name that only it (or one further down) has
+         "miram": "highres_decoder_pred.weight", "mae": "decoder_embed.weight", "timm": "patch_embed.proj.weight"} # layout → a name that only it (or one further down) has
 
 def layout_of(
     state:dict,       # name → tensor
@@ -124,7 +125,7 @@ def layout_of(
     "The layout of a checkpoint. Raises `ValueError` that shows its first names when it is none of those known."
     found = [layout for layout, sign in SIGNS.items() if sign in state]
     if found: return found[0]
-    raise ValueError(f"{where} is of no layout known here: SD-MAE's release, facebookresearch/mae, or a vision transformer of timm, which has "
+    raise ValueError(f"{where} is of no layout known here: the release of SD-MAE or MIRAM, facebookresearch/mae, or a vision transformer of timm, which has "
                      f"{SIGNS['timm']}. Its first names are {', '.join(list(state)[:4])}. Models of timm are read by name, too: hf-hub:owner/name.")
 
 # %% ../../nbs/models/weights.ipynb #c023
@@ -140,7 +141,7 @@ def encoder_part(
 )->dict:              # timm's names
     "The encoder's weights. Raises `ValueError` naming those that a plain vision transformer has no place for."
     if layout in ("own", "sdmae"): state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    state = {k: v for k, v in join_biases(state).items() if not k.startswith(("head.", "fc_norm.", "pre_logits.", "decoder_", "mask_token"))}
+    state = {k: v for k, v in join_biases(state).items() if not k.startswith(("head.", "fc_norm.", "pre_logits.", "decoder_", "highres_decoder_", "mask_token"))}
     odd = sorted({re.sub(r"\.\d+\.", ".*.", k) for k in state if not re.fullmatch(PLAIN, k)})
     if not odd: return state
     what = sorted({name for part, name in PARTS.items() for k in odd if part in k})
@@ -313,7 +314,7 @@ def make_encoder(
     load_weights(encoder, state, where=source)
     made = dict(source=found["name"], sha256=found["sha256"], layout=found["layout"], positions=positions,
                 num_heads="known" if found["num_heads"] else "given" if num_heads else "width / 64")
-    return encoder.eval(), dict(image_size=size, model=model.model_dump(), form=form.model_dump(), mean=list(mean or found["mean"] or MEAN),
+    return encoder.eval(), dict(image_size=size, model=model.model_dump(), form=form.model_dump(exclude={"image_size"}), mean=list(mean or found["mean"] or MEAN),
                                 std=list(std or found["std"] or STD), imported=made)
 
 # %% ../../nbs/models/weights.ipynb #c045
@@ -338,12 +339,12 @@ def method_state(
     "All weights of a pre-training under our names. Raises `ValueError` where there is an encoder only."
     layout = layout_of(state, where)
     if layout == "sdmae": return our_state(state)
-    if layout == "mae": return {our_mae_name(k): v for k, v in state.items()}
+    if layout in ("mae", "miram"): return {our_mae_name(k): v for k, v in state.items()}
     if layout == "own": return state
     raise ValueError(f"{where} holds an encoder without a decoder ({layout}): import_encoder reads it")
 
 def load_method(
-    method:nn.Module, # `MAE` or `SDMAE`
+    method:nn.Module, # `MAE`, `SDMAE` or `MIRAM`
     state:dict,       # as `read_checkpoint` gives it
     where:str|Path="" # named in errors
 ):
