@@ -291,7 +291,7 @@ def made_of(
 )->dict:
     "Its parameters, and a hash of each module and file of weights that it loads."
     root, method, section = project_root(), p.method.of(name), p.method.section(name).model_dump()
-    weights = root/section["weights"] if "weights" in section else None
+    weights = root/section["weights"] if method == "imported" else None
     read = [] if not weights else [weights] if weights.is_file() else sorted(weights.glob("*.safetensors")) + sorted(weights.glob("config.json"))
     hashed = [root/o for o in loaded({f"sdmae.methods.{method}"}, root)] + read
     return dict(method=method, section=section, files={str(o.relative_to(root) if o.is_relative_to(root) else o): hashlib.sha256(o.read_bytes()).hexdigest() for o in hashed})
