@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, JPEGLosslessSV1
+from pydicom.uid import ExplicitVRLittleEndian
 from skimage.measure import regionprops
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -74,8 +74,8 @@ def encode(pixels, form, **kwargs):
     out = io.BytesIO(); Image.fromarray(pixels).save(out, form, **kwargs)
     return out.getvalue()
 
-def dicom(pixels, photometric="MONOCHROME2", syntax=ExplicitVRLittleEndian):
-    meta = FileMetaDataset(); meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = syntax, "1.2.840.10008.5.1.4.1.1.7", "1.2.3"
+def dicom(pixels, photometric="MONOCHROME2"):
+    meta = FileMetaDataset(); meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, "1.2.840.10008.5.1.4.1.1.7", "1.2.3"
     d, bits = FileDataset("", {}, file_meta=meta, preamble=b"\0"*128), pixels.dtype.itemsize*8
     d.Rows, d.Columns = pixels.shape; d.SamplesPerPixel, d.PhotometricInterpretation = 1, photometric
     d.BitsAllocated = d.BitsStored = bits; d.HighBit, d.PixelRepresentation, d.PixelData = bits - 1, 0, pixels.tobytes()
@@ -154,6 +154,12 @@ def test_one_finding_only(tmp_path):
     s = open_source(params(put(tmp_path, files), findings=["mass"]))
     assert s.classes == ["BENIGN_MASS","MALIGNANT_MASS"] and set(s.tasks) == {"malignancy","margins","shape","density"} and len(s.records) == 13
     with pytest.raises(FileNotFoundError, match="calc_case_description_train_set.csv is missing"): open_source(params(tmp_path))
+
+def test_fewer_classes_and_lesions(tmp_path):
+    p = params(put(tmp_path, repacked(ROWS)), strict=True)
+    s = open_source(p.model_copy(update={"drop_classes":["BENIGN_CALC","MALIGNANT_CALC"]}))
+    assert s.classes == ["BENIGN_MASS","MALIGNANT_MASS"] and len(s.records) == 13
+    assert max(Counter(r.split for r in open_source(p.model_copy(update={"limit":5})).records).values()) == 5
 
 def test_views(tmp_path):
     s = open_source(params(put(tmp_path, repacked(ROWS)), images="view"))
