@@ -538,6 +538,8 @@ def test_store_damaged(store, tmp_path):
     with pytest.raises(ValueError, match="tiles.npy: truncated"): TileStore(tmp_path/"a")
     put(tmp_path/"b", {**files, "table.csv":files["table.csv"].rsplit(b"\n", 2)[0]})
     with pytest.raises(ValueError, match="300 tiles but 299 rows"): TileStore(tmp_path/"b")
+    put(tmp_path/"c", {**files, "manifest.json":files["manifest.json"].replace(b'"tasks"', b'"other"')})
+    with pytest.raises(ValueError, match="earlier version. Run the stage prepare again"): TileStore(tmp_path/"c")
 
 def test_contact_sheet(sample):
     import matplotlib.pyplot as plt
