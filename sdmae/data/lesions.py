@@ -23,7 +23,6 @@ from .sample import add, comb, sigmoid, smooth
 # %% ../../nbs/data/lesions.ipynb #c005
 HEIGHT, WIDTH = 116, 104 # px of a mammogram
 
-# %% ../../nbs/data/lesions.ipynb #c006
 def polar(
     centre:tuple[float,float],  # y, x, px
     unit:float                  # px, a 64th of the lesion's square
@@ -33,7 +32,7 @@ def polar(
     y, x = (y - centre[0])/unit, (x - centre[1])/unit
     return np.hypot(y, x), np.arctan2(y, x)
 
-# %% ../../nbs/data/lesions.ipynb #c007
+# %% ../../nbs/data/lesions.ipynb #c006
 def tissue(
     rng:Generator,
     density:int # 1 to 4
@@ -44,7 +43,7 @@ def tissue(
     fibres = comb(rng, rng.uniform(0, np.pi) + .7*smooth(rng, size, 15), 5)
     return (.22 + .38*clouds + .028*fibres + .012*smooth(rng, size, .7))[:HEIGHT,:WIDTH]
 
-# %% ../../nbs/data/lesions.ipynb #c008
+# %% ../../nbs/data/lesions.ipynb #c007
 def breast(
     rng:Generator,
     left:bool       # the chest wall is on the left
@@ -55,10 +54,10 @@ def breast(
     r = np.hypot((y - HEIGHT*rng.uniform(.45, .55))/(HEIGHT*rng.uniform(.58, .7)), x/(WIDTH*rng.uniform(.98, 1.15)))
     return sigmoid((1 - r)*25)
 
-# %% ../../nbs/data/lesions.ipynb #c010
+# %% ../../nbs/data/lesions.ipynb #c009
 SHAPES = {"ROUND":(.02, .02, .02), "OVAL":(.17, .02, .02), "LOBULATED":(.03, .12, .07), "IRREGULAR":(.09, .08, .08)}
 
-# %% ../../nbs/data/lesions.ipynb #c011
+# %% ../../nbs/data/lesions.ipynb #c010
 def outline(
     rng:Generator, angle:np.ndarray,
     shape:str           # one of `SHAPES`
@@ -67,7 +66,7 @@ def outline(
     waves = sum(a*rng.uniform(.8, 1.2)*np.cos(k*angle + rng.uniform(0, 2*np.pi)) for k,a in zip((2, 3, 4), SHAPES[shape]))
     return rng.uniform(13, 17)*(1 + waves)
 
-# %% ../../nbs/data/lesions.ipynb #c012
+# %% ../../nbs/data/lesions.ipynb #c011
 def spicules(
     rng:Generator, r:np.ndarray, angle:np.ndarray, edge:np.ndarray # (H, W) distance, angle, radius of the outline
 )->np.ndarray:                                                     # (H, W) 0 … 1
@@ -84,7 +83,7 @@ def halo(
     "The light of 35 rays, spread evenly."
     return np.clip(35*.5*np.pi**.5/(2*np.pi*np.maximum(r, 1)), 0, 1)*sigmoid((r - edge + .8)/.3)*np.clip(1 - (r - edge)/8.5, 0, 1)
 
-# %% ../../nbs/data/lesions.ipynb #c013
+# %% ../../nbs/data/lesions.ipynb #c012
 def lobules(
     rng:Generator, angle:np.ndarray, edge:np.ndarray # (H, W)
 )->np.ndarray: # (H, W) radius in units
@@ -92,7 +91,7 @@ def lobules(
     n = round(2*np.pi*float(edge.mean())/rng.uniform(2.9, 3.4))
     return edge + 2.2*(abs(np.sin(n*angle/2 + .8*np.sin(2*angle + rng.uniform(0, 2*np.pi)))) - 2/np.pi)
 
-# %% ../../nbs/data/lesions.ipynb #c014
+# %% ../../nbs/data/lesions.ipynb #c013
 def hidden(
     rng:Generator, r:np.ndarray, angle:np.ndarray, edge:np.ndarray # (H, W)
 )->np.ndarray:                                                     # (H, W) 0 … 1
@@ -192,7 +191,7 @@ def make_mammogram(
 # %% ../../nbs/data/lesions.ipynb #c026
 RISK = {"ILL_DEFINED":.75, "CIRCUMSCRIBED":.1, "SPICULATED":.93, "MICROLOBULATED":.55, "OBSCURED":.3, **CALCIFICATIONS} # share that is malignant
 
-# %% ../../nbs/data/lesions.ipynb #c027
+# %% ../../nbs/data/lesions.ipynb #c028
 def draw_patient(
     rng:Generator,
     finding:str     # "mass" or "calc"
@@ -205,7 +204,7 @@ def draw_patient(
     return {"kinds":kinds, "described":"-".join(kinds) if finding == "calc" or rng.random() > .03 else "N/A", "shape":str(rng.choice(list(SHAPES))),
             "pathology":"MALIGNANT" if malignant else benign, "density":int(rng.integers(1, 5)), "left":bool(rng.random() < .5)}
 
-# %% ../../nbs/data/lesions.ipynb #c028
+# %% ../../nbs/data/lesions.ipynb #c029
 def case_row(
     name:str,           # of the mammogram
     patient:str, finding:str, view:str,
@@ -217,7 +216,7 @@ def case_row(
             "image view":view, "abnormality id":1, "abnormality type":"mass" if finding == "mass" else "calcification", **kind, "assessment":4, "pathology":p["pathology"],
             "subtlety":3, "image file path":f"{name}/000000.dcm", "cropped image file path":f"{name}_1/000000.dcm\n", "ROI mask file path":f"{name}_1/000001.dcm\n"}
 
-# %% ../../nbs/data/lesions.ipynb #c029
+# %% ../../nbs/data/lesions.ipynb #c031
 def image_bytes(
     pixels:np.ndarray,  # (H, W) uint8, or bool
     quality:int=78      # of the JPEG
@@ -227,7 +226,7 @@ def image_bytes(
     Image.fromarray(pixels).save(out, **({"format":"PNG", "optimize":True} if pixels.dtype == bool else {"format":"JPEG", "quality":quality}))
     return out.getvalue()
 
-# %% ../../nbs/data/lesions.ipynb #c030
+# %% ../../nbs/data/lesions.ipynb #c032
 def make_lesions(
     file:str|Path,                      # e.g. CBIS-DDSM.zip; replaced on success
     seed:int=0,

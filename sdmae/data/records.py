@@ -34,7 +34,7 @@ class Record:
 class Task:
     "A question asked of every tile."
     classes:list[str]   # names; a class's number is its place here
-    multi:bool          # whether a tile may be of several classes at once, or of none
+    multi:bool          # whether a tile may be of several classes at once
 
 # %% ../../nbs/data/records.ipynb #c007
 @dataclass
@@ -43,7 +43,7 @@ class Source:
     name:str                # shown in tables and figures
     records:list[Record]    # every tile
     classes:list[str]       # of the task "label", which every source has
-    synthetic:bool          # made by `sdmae.data.sample`, so that every figure can say so
+    synthetic:bool          # made by this project, so that every figure can say so
     notes:list[str]         # what was read, and warnings, which begin with "warning:"
     publisher:bool = False  # the split is the publisher's, so that a group on two sides is a warning, not an error
     tasks:dict[str,Task] = field(default_factory=dict) # beyond "label"

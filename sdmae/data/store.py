@@ -183,6 +183,7 @@ class TileStore:
             if not (self.folder/f).is_file(): raise FileNotFoundError(f"{self.folder/f} is missing. Run the stage prepare.")
         self.manifest = json.loads((self.folder/"manifest.json").read_text(encoding="utf-8"))
         self.table = pd.read_csv(self.folder/"table.csv", dtype=str, keep_default_na=False).astype({"target":np.int64})
+        if "tasks" not in self.manifest: raise ValueError(f"{self.folder/'manifest.json'} was written by an earlier version. Run the stage prepare again.")
         try: self.tiles = np.load(self.folder/"tiles.npy", mmap_mode="r")
         except ValueError as e: raise ValueError(f"{self.folder/'tiles.npy'}: truncated or damaged ({e}). Run the stage prepare again.") from e
         if len(self.tiles) != len(self.table): raise ValueError(f"{self.folder}: {len(self.tiles)} tiles but {len(self.table)} rows in table.csv. Run the stage prepare again.")

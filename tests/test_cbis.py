@@ -1,0 +1,361 @@
+"""CBIS-DDSM: the counts of the real case descriptions, every layout, every kind of bad input, and the synthetic lesions."""
+import io, zipfile
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
+from skimage.measure import regionprops
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
+
+from sdmae.data.cbis import MARGINS, all_cases, answers, drop_shared
+from sdmae.data.lesions import draw_patient, make_lesions, make_mammogram
+from sdmae.data.sources import open_source
+from sdmae.data.store import prepare
+from sdmae.params import DataParams
+
+ROOT = Path(__file__).parents[1]
+REAL = Path(__file__).parents[2]/"shared"/"realdata"/"cbis_mass_256px_png.zip"
+
+
+def params(path, **cbis):
+    return DataParams(name="test", adapter="cbis", path=str(path), image_size=32, valid_fraction=.3, cbis=cbis)
+
+
+# A small set in each of the layouts
+
+def row(finding, split, patient, lesion=1, pathology="BENIGN", words="CIRCUMSCRIBED", side="LEFT", view="CC", density="2"):
+    return dict(finding=finding, split=split, patient=f"P_{patient:05d}", lesion=lesion, pathology=pathology, words=words, side=side, view=view, density=density)
+
+def case(r): return f"{r['finding'].title()}-{'Training' if r['split'] == 'train' else 'Test'}_{r['patient']}_{r['side']}_{r['view']}"
+
+ROWS = [row("mass", "train", 1, 1, "MALIGNANT", "SPICULATED"), row("mass", "train", 1, 2, "BENIGN", "N/A"),
+        row("mass", "train", 1, 1, "MALIGNANT", "SPICULATED-ILL_DEFINED", view="MLO"),
+        *(row("mass", "train", i, 1, ("BENIGN_WITHOUT_CALLBACK","MALIGNANT")[i%2], "OBSCURED", "RIGHT") for i in range(2, 10)),
+        row("mass", "test", 20, 1, "BENIGN", "MICROLOBULATED"), row("mass", "test", 21, 1, "MALIGNANT", "CIRCUMSCRIBED-OBSCURED"),
+        *(row("calc", "train", i, 1, ("BENIGN","MALIGNANT")[i%2], "PLEOMORPHIC-PLEOMORPHIC", density="0") for i in (20, 31, 32, 33, 34, 35)),
+        row("calc", "test", 40, 1, "MALIGNANT", "AMORPHOUS-PUNCTATE"), row("calc", "test", 41, 1, "BENIGN", "N/A")]
+
+def csvs(rows, spell=lambda c: c):
+    "The four case descriptions, as bytes; paths end in a line break, as published."
+    out = {}
+    for finding in ("mass", "calc"):
+        for split in ("train", "test"):
+            said = lambda r: {"mass shape":"OVAL-LYMPH_NODE", "mass margins":r["words"]} if finding == "mass" else {"calc type":r["words"]}
+            table = [{"patient_id":r["patient"], "breast_density":r["density"], "left or right breast":r["side"], "image view":r["view"], "abnormality id":r["lesion"], **said(r),
+                      "pathology":r["pathology"], "image file path":f"{case(r)}/1.3/1.3/000000.dcm\n"} for r in rows if (r["finding"], r["split"]) == (finding, split)]
+            frame = pd.DataFrame(table)
+            out[f"{finding}_case_description_{split}_set.csv"] = frame.rename(columns=spell).to_csv(index=False).encode()
+    return out
+
+def pixels(r):
+    "A mammogram from dark 0 to bright 255, and the lesion's mask: an ellipse that may reach the edge."
+    rng = np.random.default_rng([int(r["patient"][2:]), r["view"] == "MLO"])
+    y, x = np.mgrid[:70,:50]
+    image = (127.5 + 127.5*np.sin(x/rng.uniform(6, 9))*np.cos(y/rng.uniform(6, 9))).astype(np.uint8)
+    image[0,0], image[0,1] = 0, 255
+    cy, cx = rng.uniform(8, 62), rng.uniform(8, 42)
+    cy, cx = (cy, cx) if r["lesion"] == 1 else (69 - cy, 49 - cx)
+    return image, ((y - cy)/9)**2 + ((x - cx)/5)**2 < 1
+
+def crop(image, mask):
+    "The lesion's square, another way: pad, then cut."
+    top, left, bottom, right = regionprops(mask.astype(int))[0].bbox
+    side = max(bottom - top, right - left)
+    y, x = top - (side - bottom + top + 1)//2, left - (side - right + left + 1)//2
+    return np.pad(image, 100)[100+y:100+y+side,100+x:100+x+side]
+
+def encode(pixels, form, **kwargs):
+    out = io.BytesIO(); Image.fromarray(pixels).save(out, form, **kwargs)
+    return out.getvalue()
+
+def dicom(pixels, photometric="MONOCHROME2"):
+    meta = FileMetaDataset(); meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, "1.2.840.10008.5.1.4.1.1.7", "1.2.3"
+    d, bits = FileDataset("", {}, file_meta=meta, preamble=b"\0"*128), pixels.dtype.itemsize*8
+    d.Rows, d.Columns = pixels.shape; d.SamplesPerPixel, d.PhotometricInterpretation = 1, photometric
+    d.BitsAllocated = d.BitsStored = bits; d.HighBit, d.PixelRepresentation, d.PixelData = bits - 1, 0, pixels.tobytes()
+    out = io.BytesIO(); d.save_as(out)
+    return out.getvalue()
+
+def as_dicom(rows, name="1-{}.dcm", first=1):
+    "TCIA's folders; mask and cut-out change places from lesion to lesion."
+    files = csvs(rows)
+    for i,r in enumerate(rows):
+        image, mask = pixels(r)
+        files[f"CBIS-DDSM/{case(r)}/08-07-2016-DDSM-NA-1/1.000000-full mammogram images-2/{name.format(first)}"] = dicom(image.astype(np.uint16)*257)
+        both = [dicom(crop(image, mask).astype(np.uint16)*257), dicom(mask*np.uint8(255))]
+        for j,data in enumerate(both[::(-1)**i]): files[f"CBIS-DDSM/{case(r)}_{r['lesion']}/08-07-2016-DDSM-NA-3/1.000000-ROI mask images-4/{name.format(first+j)}"] = data
+    return files
+
+def as_jpeg(rows):
+    "The copies with a dicom_info.csv, everything JPEG."
+    files, info = {f"csv/{k}": v for k,v in csvs(rows).items()}, {}
+    for i,r in enumerate(rows):
+        image, mask = pixels(r)
+        for key,what,data in ((case(r), "full mammogram images", image), (f"{case(r)}_{r['lesion']}", "cropped images", mask*np.uint8(255)), (f"{case(r)}_{r['lesion']}", "ROI mask images", crop(image, mask))):
+            name = f"jpeg/1.3.6.1.4.{i}{len(what)}/1-{i:03d}.jpg"
+            if key == case(r) and key in {v[0] for v in info.values()}: continue
+            files[name], info[name] = encode(data, "JPEG", quality=95), (key, what)
+    table = pd.DataFrame([{"image_path":f"CBIS-DDSM/{n}", "PatientID":k, "SeriesDescription":w} for n,(k,w) in info.items()])
+    return {**files, "csv/dicom_info.csv":table.to_csv(index=False).encode()}
+
+def repacked(rows):
+    files = {f"csv/{k}": v for k,v in csvs(rows).items()}
+    for r in rows:
+        image, mask = pixels(r)
+        files[f"{r['split']}/images/{case(r)}_FULL.png"], files[f"{r['split']}/masks/{case(r)}_MASK_{r['lesion']}.png"] = encode(image, "PNG"), encode(mask, "PNG")
+    return files
+
+def put(folder, files):
+    for name, data in files.items():
+        p = Path(folder)/name; p.parent.mkdir(parents=True, exist_ok=True); p.write_bytes(data)
+    return Path(folder)
+
+def zipped(file, files):
+    with zipfile.ZipFile(file, "w") as z:
+        for name, data in files.items(): z.writestr(name, data)
+    return Path(file)
+
+
+@pytest.mark.parametrize("pack", [put, zipped])
+@pytest.mark.parametrize("layout", [as_dicom, lambda r: as_dicom(r, "00000{}.dcm", 0), as_jpeg, repacked], ids=["1-1.dcm", "000000.dcm", "jpeg", "repacked"])
+def test_layouts_give_the_same(tmp_path, pack, layout):
+    s = open_source(params(pack(tmp_path/"cbis.zip", layout(ROWS))))
+    assert len(s.records) == len(ROWS) and s.classes == ["BENIGN_MASS","MALIGNANT_MASS","BENIGN_CALC","MALIGNANT_CALC"] and s.channels == 1 and not s.synthetic
+    for r,record in zip(ROWS, s.records):
+        assert record.label == r["pathology"].split("_")[0] + "_" + r["finding"].upper() and record.group == r["patient"] and (record.split == "test") == (r["split"] == "test")
+        assert record.path.endswith(f"#{r['lesion']}")
+        ours, theirs = record.read(), crop(*pixels(r))
+        assert ours.dtype == np.uint8 and (ours.shape == theirs.shape or layout is as_jpeg)
+        if layout is not as_jpeg: assert (ours == theirs).all()
+        elif ours.shape == theirs.shape: assert np.abs(ours.astype(int) - theirs).mean() < 3
+    assert [n.split(",")[0].split(" from")[0] for n in s.notes[:1]] == ["read 11 lesions on 10 mammograms of 9 patients"]
+
+def test_tasks(tmp_path):
+    p = params(put(tmp_path/"cbis", as_dicom(ROWS)))
+    store = prepare(open_source(p), tmp_path/"out", p)
+    assert list(store.tasks) == ["label", "malignancy", "margins", "shape", "calc_type", "density"]
+    assert store.task("calc_type").classes == ["AMORPHOUS", "PLEOMORPHIC", "PUNCTATE"] and store.task("shape").classes == ["LYMPH_NODE", "OVAL"]
+    for split in ("train", "valid", "test"):
+        rows = store.indices(split, "margins")
+        text = [ROWS[i]["words"].split("-") for i in rows]
+        assert rows.tolist() == [i for i in store.indices(split) if ROWS[i]["finding"] == "mass" and ROWS[i]["words"] != "N/A"]
+        assert (store.targets(rows, "margins").numpy() == MultiLabelBinarizer(classes=MARGINS).fit_transform(text)).all()
+        assert [ROWS[i]["density"] for i in store.indices(split, "density")] == [store.task("density").classes[t] for t in store.targets(store.indices(split, "density"), "density")]
+    assert store.channels == 1 and store.tiles.shape[1:] == (32,32,1) and "6 lesions have a density outside 1 to 4: not labelled for density" in store.manifest["notes"]
+
+def test_one_finding_only(tmp_path):
+    files = {k: v for k,v in as_dicom(ROWS).items() if "calc" not in k.lower()}
+    s = open_source(params(put(tmp_path, files), findings=["mass"]))
+    assert s.classes == ["BENIGN_MASS","MALIGNANT_MASS"] and set(s.tasks) == {"malignancy","margins","shape","density"} and len(s.records) == 13
+    with pytest.raises(FileNotFoundError, match="calc_case_description_train_set.csv is missing"): open_source(params(tmp_path))
+
+def test_fewer_classes_and_lesions(tmp_path):
+    p = params(put(tmp_path, repacked(ROWS)), strict=True)
+    s = open_source(p.model_copy(update={"drop_classes":["BENIGN_CALC","MALIGNANT_CALC"]}))
+    assert s.classes == ["BENIGN_MASS","MALIGNANT_MASS"] and len(s.records) == 13
+    assert max(Counter(r.split for r in open_source(p.model_copy(update={"limit":5})).records).values()) == 5
+
+def test_views(tmp_path):
+    s = open_source(params(put(tmp_path, repacked(ROWS)), images="view"))
+    assert len(s.records) == len({case(r) for r in ROWS}) == len(ROWS) - 1
+    first = s.records[0]
+    assert first.label == "MALIGNANT_MASS" and first.labels["margins"] == "SPICULATED" and first.path.endswith("Mass-Training_P_00001_LEFT_CC_FULL.png")
+    image = first.read()
+    assert image.shape == (70,70) and (image[:,10:60] == pixels(ROWS[0])[0]).all() and not image[:,:10].any() and not image[:,60:].any()
+
+def test_columns_in_each_spelling(tmp_path):
+    read = []
+    for i,spell in enumerate((lambda c: c.replace("_", " "), lambda c: c.replace(" ", "_"), lambda c: f" {c.title()}")):
+        s = open_source(params(put(tmp_path/str(i), {**repacked(ROWS), **{f"csv/{k}": v for k,v in csvs(ROWS, spell).items()}})))
+        read.append([(r.label, r.group, r.labels) for r in s.records])
+    assert read[0] == read[1] == read[2]
+
+@pytest.mark.parametrize("seed", range(4))
+def test_validation_is_drawn_by_patient(tmp_path, seed):
+    p = params(put(tmp_path, repacked(ROWS)), strict=True).model_copy(update={"seed":seed})
+    splits = defaultdict(set)
+    for r in open_source(p).records: splits[r.group].add(r.split)
+    assert all(len(v) == 1 for v in splits.values()) and set.union(*splits.values()) == {"train","valid","test"}
+
+def test_shared_patients(tmp_path):
+    "Patient 20 is tested with a mass and trained with a calcification."
+    put(tmp_path, repacked(ROWS))
+    loose, strict = open_source(params(tmp_path)), open_source(params(tmp_path, strict=True))
+    assert any(n.startswith("warning: groups in two splits, as their publisher has it: 1; group 'P_00020'") for n in loose.notes)
+    assert not any(n.startswith("warning: groups") for n in strict.notes) and "strict: 1 patients of test taken out of train, 1 lesions" in strict.notes
+    assert {r.split for r in strict.records if r.group == "P_00020"} == {"test"} and len(strict.records) == len(ROWS) - 1
+
+
+# Pixels and masks
+
+def change(files, part, data):
+    "The files with every one whose name has `part` replaced, or taken out."
+    hit = [k for k in files if part in k]
+    assert hit
+    return {k: v for k,v in files.items() if k not in hit} | ({k: data for k in hit} if data is not None else {})
+
+def test_film_where_bright_is_air(tmp_path):
+    files = as_dicom(ROWS)
+    name = next(k for k in files if "P_00021_LEFT_CC/" in k)
+    r = next(r for r in ROWS if r["patient"] == "P_00021")
+    put(tmp_path, {**files, name: dicom((255 - pixels(r)[0]).astype(np.uint16)*257, "MONOCHROME1")})
+    record = next(x for x in open_source(params(tmp_path)).records if x.group == "P_00021")
+    assert (record.read() == crop(*pixels(r))).all()
+
+def mask_files(mask, small): return {"1-1.dcm":dicom(small), "1-2.dcm":dicom(mask)}
+
+def with_mask(mask, small=np.arange(90, dtype=np.uint16).reshape(9, 10)*300):
+    "The set with other files for the lesion of patient 21."
+    files = as_dicom(ROWS)
+    folder = next(k for k in files if "P_00021_LEFT_CC_1/" in k).rsplit("/", 1)[0]
+    return {**files, **{f"{folder}/{k}": v for k,v in mask_files(mask, small).items()}}
+
+def test_mask_of_another_size_is_scaled(tmp_path):
+    r = next(r for r in ROWS if r["patient"] == "P_00021")
+    image, mask = pixels(r)
+    s = open_source(params(put(tmp_path, with_mask(mask.repeat(2, 0).repeat(2, 1)*np.uint8(255)))))
+    assert s.notes[-2 if "groups" in s.notes[-1] else -1].startswith("warning: 1 masks are larger or smaller") and "Mass-Test_P_00021_LEFT_CC_1" in str(s.notes)
+    assert (next(x for x in s.records if x.group == "P_00021").read() == crop(image, mask)).all()
+
+@pytest.mark.parametrize("mask, small, message", [
+    (np.zeros((70,50), np.uint8), np.uint16([[1,2],[3,4]]), "row 3: the mask is empty"),
+    (np.zeros((50,70), np.uint8), np.uint16([[1,2,3,4]]), "row 3: no mask of the mammogram's form: 4×1 and 70×50 px for 50×70 px"),
+    (np.arange(3500, dtype=np.uint16).reshape(70,50), np.arange(4, dtype=np.uint16).reshape(2,2), "row 3: none of .*1-1.dcm.* is a mask of two grey values")])
+def test_bad_masks(tmp_path, mask, small, message):
+    put(tmp_path, with_mask(mask, small))
+    with pytest.raises(ValueError, match=f"mass_case_description_test_set.csv: {message}"):
+        for r in open_source(params(tmp_path)).records: r.read()
+
+@pytest.mark.parametrize("data, message", [(b"DICM", "truncated, or not a DICOM"), (dicom(np.zeros((70,50), np.uint16))[:-2000], "truncated, or not a DICOM")])
+def test_bad_dicom(tmp_path, data, message):
+    put(tmp_path, change(as_dicom(ROWS), "P_00021_LEFT_CC/", data))
+    with pytest.raises(ValueError, match=f"P_00021_LEFT_CC.*1-1.dcm: {message}"):
+        for r in open_source(params(tmp_path, images="view")).records: r.read()
+
+
+# Bad case descriptions, files that are missing or too many
+
+def edited(split_rows, **changes): return [{**r, **changes} if r is split_rows else r for r in ROWS]
+
+@pytest.mark.parametrize("rows, message", [
+    (edited(ROWS[1], words="FUZZY"), "mass_case_description_train_set.csv: row 3 has the margin 'FUZZY'; known are ILL_DEFINED"),
+    (edited(ROWS[2], pathology="UNKNOWN"), "mass_case_description_train_set.csv: row 4 has pathology 'UNKNOWN'"),
+    (edited(ROWS[0], side="BOTH"), "row 2 has left_or_right_breast 'BOTH'; expected one of LEFT, RIGHT"),
+    (edited(ROWS[1], lesion=1), "row 3 describes Mass-Training_P_00001_LEFT_CC_1 a second time")])
+def test_bad_rows(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message): open_source(params(put(tmp_path, repacked(rows))))
+
+def test_bad_csvs(tmp_path):
+    files, name = repacked(ROWS), "csv/mass_case_description_test_set.csv"
+    for i,(data,message) in enumerate(((files[name].replace(b"mass margins", b"margin"), "mass_case_description_test_set.csv: column 'mass_margins' is missing; there are"), (b"", "not a CSV that can be read"), (b"\xff\xfe\x00\x81", "not a CSV that can be read"))):
+        with pytest.raises(ValueError, match=message): open_source(params(put(tmp_path/str(i), {**files, name: data})))
+    with pytest.raises(ValueError, match="csv/mass_case_description_test_set.csv and mass_case_description_test_set.csv: keep one"):
+        open_source(params(put(tmp_path/"twice", {**files, "mass_case_description_test_set.csv":files[name]})))
+    with pytest.raises(ValueError, match="dicom_info.csv: column 'patientid' is missing"):
+        open_source(params(put(tmp_path/"info", change(as_jpeg(ROWS), "dicom_info", b"image_path\nx\n"))))
+
+@pytest.mark.parametrize("files, error, message", [
+    (lambda: change(as_dicom(ROWS), "P_00021_LEFT_CC/", None), FileNotFoundError, "mass_case_description_test_set.csv: row 3: .* has no image of Mass-Test_P_00021_LEFT_CC"),
+    (lambda: change(as_dicom(ROWS), "P_00021_LEFT_CC_1/", None), FileNotFoundError, "row 3: .* has no mask of Mass-Test_P_00021_LEFT_CC_1"),
+    (lambda: {**repacked(ROWS), "test/images/Mass-Test_P_00099_LEFT_CC_FULL.png":b""}, ValueError, "Mass-Test_P_00099_LEFT_CC_FULL.png is in no row"),
+    (lambda: {**repacked(ROWS), "copy/Mass-Test_P_00021_LEFT_CC_FULL.png":b""}, ValueError, "row 3: 2 images of Mass-Test_P_00021_LEFT_CC"),
+    (lambda: {**repacked(ROWS), "test/images/holiday.png":b""}, ValueError, "test/images/holiday.png: no mammogram is named in its path"),
+    (lambda: {**as_jpeg(ROWS), "jpeg/1.2/1-1.jpg":b""}, ValueError, "jpeg/1.2/1-1.jpg: csv/dicom_info.csv has no row for it")])
+def test_files_and_rows_that_do_not_meet(tmp_path, files, error, message):
+    with pytest.raises(error, match=message): open_source(params(put(tmp_path, files())))
+
+def test_repacked_without_some_masks(tmp_path):
+    "A mask of all lesions together is no lesion's."
+    files = change(repacked(ROWS), "P_00001_LEFT_CC_MASK", None)
+    s = open_source(params(put(tmp_path, {**files, "train/masks/Mass-Training_P_00001_LEFT_CC_MASK.png":encode(pixels(ROWS[0])[1], "PNG")})))
+    assert len(s.records) == len(ROWS) - 2 and any(n.startswith(f"warning: 2 of {len(ROWS)} lesions have no mask of their own and were left out, the first is Mass-Training_P_00001_LEFT_CC_1") for n in s.notes)
+
+
+# The real case descriptions and views
+
+@pytest.fixture(scope="module")
+def real():
+    if not REAL.is_file(): pytest.skip(f"{REAL.name} is not at hand: real data lies beside the project, never in it")
+    return REAL
+
+def test_real_counts(real):
+    "As published: CBIS-DDSM's four CSVs, counted by others."
+    rows = all_cases(real, ["mass", "calc"])
+    count = lambda f, s: rows[(rows.finding == f) & (rows.split == s)]
+    for f,s,lesions,images,patients,malignant,benign,without in (("mass","train",1318,1231,691,637,577,104), ("mass","test",378,361,201,147,194,37), ("calc","train",1546,1227,602,544,528,474), ("calc","test",326,284,151,129,130,67)):
+        g = count(f, s)
+        assert (len(g), g.case.nunique(), g.patient_id.nunique()) == (lesions, images, patients)
+        assert Counter(g.pathology) == {"MALIGNANT":malignant, "BENIGN":benign, "BENIGN_WITHOUT_CALLBACK":without}
+    for split,four,margins,missing,joined in (("train", (681,637,1002,544), (358,352,318,116,243), 43, 106), ("test", (231,147,197,129), (114,103,89,27,65), 17, 29)):
+        each = [(f, answers(rows.loc[[i]])) for i,f in zip(rows.index[rows.split == split], rows.finding[rows.split == split])]
+        assert tuple(Counter((f, a["malignancy"]) for f,a in each)[k] for k in (("mass","BENIGN"), ("mass","MALIGNANT"), ("calc","BENIGN"), ("calc","MALIGNANT"))) == four
+        said = [a["margins"] for f,a in each if f == "mass"]
+        assert tuple(sum(m in t.split("|") for t in said) for m in MARGINS) == margins and said.count("") == missing and sum("|" in t for t in said) == joined
+    assert len(set(rows.patient_id[rows.split == "train"]) & set(rows.patient_id[rows.split == "test"])) == 31
+    left, notes = drop_shared(rows)
+    assert notes[0].startswith("strict: 31 patients") and not set(left.patient_id[left.split == "train"]) & set(left.patient_id[left.split == "test"]) and (left.split == "test").sum() == 378 + 326
+
+def test_real_views(real, tmp_path):
+    s = open_source(params(real, findings=["mass"], images="view"))
+    assert Counter(r.split == "test" for r in s.records) == {False:1231, True:361} and s.records[5].read().shape == (256,256)
+    splits = defaultdict(set)
+    for r in s.records: splits[r.group].add(r.split)
+    assert all(len(v) == 1 for v in splits.values()) and len(splits) == 691 + 201
+
+def test_real_lesions(real):
+    "The set has one mask a view at 256 px: lesions without one are left out, and the report says so."
+    s = open_source(params(real, findings=["mass"]))
+    assert len(s.records) == 1521 and any("175 of 1696 lesions have no mask" in n for n in s.notes)
+    with zipfile.ZipFile(real) as z:
+        for r in s.records[::40]:
+            case, lesion = r.path.split("/")[-1].replace("_FULL.png", "").split("#")
+            left, top, right, bottom = Image.open(io.BytesIO(z.read(f"{'test' if r.split == 'test' else 'train'}/masks/{case}_MASK_{lesion}.png"))).getbbox()
+            assert r.read().shape == (max(right - left, bottom - top),)*2
+
+
+# Synthetic lesions
+
+def test_lesions_are_deterministic(tmp_path):
+    for name,seed in (("a",0), ("b",0), ("c",1)): make_lesions(tmp_path/f"{name}.zip", seed, n_mass=(4,3), n_calc=(4,3))
+    a, b, c = ((tmp_path/f"{n}.zip").read_bytes() for n in "abc")
+    assert a == b != c and [p.name for p in tmp_path.iterdir() if p.suffix != ".zip"] == []
+
+@pytest.fixture(scope="module")
+def bundled():
+    file = ROOT/"data/sample/cbis/CBIS-DDSM.zip"
+    if not file.is_file(): pytest.skip("the sample is not here yet: dvc pull data.dvc")
+    return file
+
+def test_bundled_lesions_are_what_the_notebook_makes(bundled):
+    s = open_source(params(bundled, images="view"))
+    assert s.synthetic and Counter(r.split == "test" for r in s.records) == {False:700, True:250} and len({r.group for r in s.records}) == 475
+    assert bundled.stat().st_size < 3e6 and not any("groups" in n for n in s.notes)
+    for i in (0, 1, 500):
+        r = s.records[i]; number, view = int(r.group[2:]), int("MLO" in r.path)
+        finding = "calc" if "CALC" in r.label else "mass"
+        p = draw_patient(np.random.default_rng([0,number]), finding)
+        image, _ = make_mammogram(np.random.default_rng([0,number,view]), finding, p["kinds"], p["shape"], p["density"], p["left"])
+        assert np.abs(r.read()[:,6:-6].astype(int) - image).mean() < 4 and r.labels["malignancy"] == p["pathology"].split("_")[0]
+
+def test_margins_lie_at_the_finer_scale(bundled, tmp_path):
+    "Local patterns tell them at 64 px, less so at 32 px, and brightness not at all."
+    from skimage.feature import local_binary_pattern
+    p = params(bundled, findings=["mass"]).model_copy(update={"image_size":64})
+    store = prepare(open_source(p), tmp_path/"out", p)
+    train, test = (np.concatenate([store.indices(s, "margins") for s in part]) for part in (("train","valid"), ("test",)))
+    y, truth = (store.targets(i, "margins").numpy() for i in (train, test))
+    def auc(features):
+        model = lambda c: make_pipeline(StandardScaler(), LogisticRegression(C=.1, max_iter=500)).fit(features[train], y[:,c])
+        return roc_auc_score(truth, np.stack([model(c).decision_function(features[test]) for c in range(5)], 1))
+    patterns = lambda tiles: np.array([np.concatenate([np.histogram(local_binary_pattern(t, 8, r, "uniform"), 10, (0,10))[0] for r in (1, 2)]) for t in tiles], float)
+    tiles = store.tiles[...,0]
+    fine, coarse = auc(patterns(tiles)), auc(patterns(tiles.reshape(-1, 32, 2, 32, 2).mean((2, 4)).astype(np.uint8)))
+    light = auc(np.array([np.histogram(t, 32, (0,256))[0] for t in tiles], float))
+    print(f"64 px {fine:.2f}, 32 px {coarse:.2f}, brightness {light:.2f}")
+    assert fine > .8 and coarse < fine - .06 and light < .6
