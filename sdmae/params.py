@@ -6,7 +6,7 @@
 __all__ = ['Labels', 'project_root', 'Section', 'CBISParams', 'DataParams', 'ModelParams', 'ViewParams', 'OptimParams',
            'DecoderParams', 'EncoderForm', 'RandomParams', 'ImportedParams', 'MaskedParams', 'MAEParams',
            'NystromParams', 'MIRAMParams', 'HeadParams', 'SDMAEParams', 'merged', 'flat', 'MethodsParams',
-           'PretrainParams', 'ProbeParams', 'FinetuneParams', 'SegmentParams', 'ReportParams', 'Params',
+           'PretrainParams', 'ProbeParams', 'FinetuneParams', 'SegmentParams', 'ReportParams', 'Study', 'Params',
            'check_patches', 'check_method', 'check_protocol', 'check_segment', 'explain', 'parse_params', 'load_params',
            'compose', 'edited']
 
@@ -195,6 +195,7 @@ class SDMAEParams(MaskedParams):
     pos_embed:Literal["sincos1d","sincos2d"] = "sincos1d"
     mask_ratio:float = Field(0.6, gt=0, lt=1)
     target_norm:Literal["joint","channel","none"] = "channel"
+    target_image:Literal["unit","normalized"] = "unit"  # the target is made from the image in [0, 1] (as released), or from the normalised one, as MAE's
     head:HeadParams = HeadParams()
     views:ViewParams = ViewParams(scale=(0.08, 1.), interpolation="bilinear", hflip=False)
     loss_weight:float = Field(0.2, ge=0, le=1)          # p in L = p·L_sd + (1 − p)·L_mse
@@ -342,8 +343,8 @@ class ReportParams(Section):
     tsne_tiles:int = Field(1000, ge=10)     # test tiles drawn, at most
 
 # %% ../nbs/params.ipynb #c041
-class Params(Section):
-    "The whole of `params.yaml`."
+class Study(Section):
+    "One comparison: data, methods, budgets, tasks."
     data:DataParams
     model:ModelParams
     methods:list[str] = Field(min_length=1)
@@ -355,11 +356,6 @@ class Params(Section):
     protocols:list[Literal["finetune","linear_sgd"]] = ["finetune"] # ways of training on labels, each a section
     finetune:FinetuneParams
     linear_sgd:FinetuneParams|None = None                           # the linear probe as released
-    segment:SegmentParams = SegmentParams()
-    report:ReportParams = ReportParams()
-    device:str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")  # "auto": CUDA when there is one
-    precision:Literal["auto","float32","bfloat16"] = "auto" # "auto": bfloat16 where the device is built for it
-    lesions:"Params|None" = None                            # a second comparison, of mammograms: the same sections once more
 
     def image_size(self, method:str)->int: # px
         "Side of what a method's network sees."
@@ -377,12 +373,23 @@ class Params(Section):
             if len(set(values)) < len(values): raise ValueError(f"{key} lists something twice: {values}")
         for name in self.methods: check_method(self, name)
         for name in self.protocols: check_protocol(self, name)
-        check_segment(self)
-        if self.lesions and (twice := {"device", "precision", "report", "segment", "lesions"} & self.lesions.model_fields_set):
-            raise ValueError(f"lesions.{min(twice)}: not a parameter of the second comparison, which shares that of the first")
         return self
 
 # %% ../nbs/params.ipynb #c042
+class Params(Study):
+    "The whole of `params.yaml`: the comparison on tissue, that on mammograms, and what both share."
+    segment:SegmentParams = SegmentParams()
+    lesions:Study|None = None                               # mammograms: the same sections once more
+    report:ReportParams = ReportParams()
+    device:str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")  # "auto": CUDA when there is one
+    precision:Literal["auto","float32","bfloat16"] = "auto" # "auto": bfloat16 where the device is built for it
+
+    @model_validator(mode="after")
+    def _segment(self):
+        check_segment(self)
+        return self
+
+# %% ../nbs/params.ipynb #c043
 def check_patches(p, name):
     "Raises `ValueError` where patches do not tile a method's image."
     size, section = p.image_size(name), p.method.section(name)
@@ -405,7 +412,7 @@ def check_method(p, name):
     if section.pos_embed == "sincos2d" and any(w % 4 for w in widths):
         raise ValueError(f"method.{name}.pos_embed sincos2d needs widths divisible by 4, got {widths}")
 
-# %% ../nbs/params.ipynb #c043
+# %% ../nbs/params.ipynb #c044
 def check_protocol(p, name):
     "Raises `ValueError` where a listed protocol has no section, asks for a class token that an encoder lacks, or splits a batch unevenly."
     section = getattr(p, name)
@@ -426,7 +433,7 @@ def check_segment(p):
     if s.image_size % 32: raise ValueError(f"segment.image_size {s.image_size} is not divisible by 32, the coarsest map of the decoder")
     if s.stride > s.image_size: raise ValueError(f"segment.stride {s.stride} leaves gaps between windows of {s.image_size} px")
 
-# %% ../nbs/params.ipynb #c045
+# %% ../nbs/params.ipynb #c046
 def explain(error:ValidationError)->list[str]: # one line a fault
     "The faults of a `params.yaml`, each with the path of its parameter."
     def line(e):
@@ -436,7 +443,7 @@ def explain(error:ValidationError)->list[str]: # one line a fault
         return f"{where}: {e['msg'].removeprefix('Value error, ')}"
     return [line(e) for e in error.errors()]
 
-# %% ../nbs/params.ipynb #c046
+# %% ../nbs/params.ipynb #c047
 def parse_params(
     values:dict,           # nested sections
     where:str="parameters" # named in errors
@@ -446,7 +453,7 @@ def parse_params(
     except ValidationError as e: faults = explain(e)
     raise ValueError(f"{where} cannot be used:\n  " + "\n  ".join(faults) + "\nThe sections and their defaults are described in nbs/params.ipynb.")
 
-# %% ../nbs/params.ipynb #c047
+# %% ../nbs/params.ipynb #c048
 def load_params(
     path:str|Path="params.yaml", # from the project's root, or absolute
     study:str=""                 # "lesions": the second comparison, with the first one's device, precision and report
@@ -460,9 +467,9 @@ def load_params(
     P = parse_params(values, where=str(path))
     if not study: return P
     if P.lesions is None or study != "lesions": raise ValueError(f"{path} has no section {study}.")
-    return P.lesions.model_copy(update={k: getattr(P, k) for k in ("device", "precision", "report")})
+    return Params(**dict(P.lesions), device=P.device, precision=P.precision, report=P.report)
 
-# %% ../nbs/params.ipynb #c055
+# %% ../nbs/params.ipynb #c056
 def compose(
     overrides:list[str]=() # as for `dvc exp run -S`: "data=pcam", "pretrain.epochs=5"
 )->dict:
@@ -472,7 +479,7 @@ def compose(
     with initialize_config_dir(str(project_root()/"conf"), version_base=None):
         return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
 
-# %% ../nbs/params.ipynb #c057
+# %% ../nbs/params.ipynb #c058
 def edited(
     path:str|Path="params.yaml"
 )->bool: # True where the file is not the plain composition of `conf/`

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FINDINGS', 'PARTS', 'SIDES', 'VIEWS', 'PATHOLOGY', 'MARGINS', 'DENSITY', 'WORDS', 'NAME', 'read_csv', 'words',
-           'check_values', 'read_cases', 'all_cases', 'answers', 'all_tasks', 'key_of', 'index_files', 'read_grey',
-           'to_bytes', 'grey_size', 'two_valued', 'same_form', 'choose_mask', 'square', 'box_of', 'read_view',
-           'read_lesion', 'check_files', 'with_masks', 'drop_shared', 'cbis']
+           'check_values', 'read_cases', 'all_cases', 'answers', 'pathologies', 'all_tasks', 'key_of', 'index_files',
+           'read_grey', 'to_bytes', 'grey_size', 'two_valued', 'same_form', 'choose_mask', 'square', 'box_of',
+           'read_view', 'read_lesion', 'check_files', 'with_masks', 'drop_shared', 'cbis']
 
 # %% ../../nbs/data/cbis.ipynb #c002
 import io, re
@@ -93,17 +93,24 @@ def answers(
     rows:pd.DataFrame   # one lesion, or all of a view
 )->dict[str,str]:       # task -> label; "" where there is none
     "Labels of a lesion or view."
-    malignant, density = "MALIGNANT" in set(rows.pathology), rows.breast_density.iloc[0]
+    malignancy, density = "MALIGNANT" if "MALIGNANT" in set(rows.pathology) else "BENIGN", rows.breast_density.iloc[0]
     said = {t: "|".join(dict.fromkeys(w for text in rows[column] for w in words(text))) for t,column in WORDS[rows.finding.iloc[0]].items()}
-    return {"malignancy":"MALIGNANT" if malignant else "BENIGN", "density":density if density in DENSITY else "", **said}
+    return {"pathology":f"{malignancy}_{rows.finding.iloc[0].upper()}", "malignancy":malignancy, "density":density if density in DENSITY else "", **said}
 
 # %% ../../nbs/data/cbis.ipynb #c019
+def pathologies(
+    findings:list[str]
+)->list[str]:
+    "The classes of `pathology`: four for both findings, two for one."
+    return [f"{p}_{f.upper()}" for f in findings for p in ("BENIGN","MALIGNANT")]
+
 def all_tasks(
-    labels:list[dict]   # of each record
+    labels:list[dict],  # of each record
+    findings:list[str]
 )->dict[str,Task]:
     "The tasks that have an answer anywhere; shapes and types of calcification as the CSVs spell them."
-    fixed = {"malignancy":Task(["BENIGN","MALIGNANT"], False), "margins":Task(MARGINS, True), "density":Task(DENSITY, False)}
-    found = {t: sorted({w for each in labels for w in each.get(t, "").split("|")} - {""}) for t in ("malignancy", "margins", "shape", "calc_type", "density")}
+    fixed = {"pathology":Task(pathologies(findings), False), "malignancy":Task(["BENIGN","MALIGNANT"], False), "margins":Task(MARGINS, True), "density":Task(DENSITY, False)}
+    found = {t: sorted({w for each in labels for w in each.get(t, "").split("|")} - {""}) for t in ("pathology", "malignancy", "margins", "shape", "calc_type", "density")}
     return {t: fixed.get(t) or Task(classes, True) for t,classes in found.items() if classes}
 
 # %% ../../nbs/data/cbis.ipynb #c021
@@ -297,6 +304,5 @@ def cbis(
         first, labels = g.iloc[0], answers(g)
         image = files[first.case][0]; shown = f"{path.name}/{image}"
         read = partial(read_view, path, image, shown) if chosen.images == "view" else partial(read_lesion, path, image, shown, files[key], first["where"])
-        records.append(Record(shown if chosen.images == "view" else f"{shown}#{first.abnormality_id}", f"{labels['malignancy']}_{first.finding.upper()}", first.split, first.patient_id, "", read, labels))
-    classes = [f"{p}_{f.upper()}" for f in chosen.findings for p in ("BENIGN","MALIGNANT")]
-    return Source(data.name, records, classes, is_synthetic(path), notes, publisher=True, tasks=all_tasks([r.labels for r in records]), channels=1)
+        records.append(Record(shown if chosen.images == "view" else f"{shown}#{first.abnormality_id}", labels["pathology"], first.split, first.patient_id, "", read, labels))
+    return Source(data.name, records, pathologies(chosen.findings), is_synthetic(path), notes, publisher=True, tasks=all_tasks([r.labels for r in records], chosen.findings), channels=1)

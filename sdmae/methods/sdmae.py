@@ -52,12 +52,14 @@ def target(self:SDMAE,
     x:Tensor,     # (B, 3, H, W) in [0, 1]
     masked:Tensor # (B, m)
 )->Tensor:        # (B, m, p·p·3)
-    "SD-MAE's target is made from the image in [0, 1]."
+    "As released it is made from the image in [0, 1]; from the normalised one it is MAE's."
+    if self.params.target_image == "normalized": return MaskedAutoencoder.target(self, x, masked)
     return pixel_target(x, masked, self.patch_size, self.params.target_norm)
 
 @patch
 def shown(self:SDMAE, pred:Tensor, x:Tensor, masked:Tensor)->Tensor:
     "Predicted pixels with the true statistics of their patch."
+    if self.params.target_image == "normalized": return MaskedAutoencoder.shown(self, pred, x, masked)
     return denormalize(pred, x, masked, self.patch_size, self.params.target_norm)
 
 # %% ../../nbs/methods/sdmae.ipynb #c009
