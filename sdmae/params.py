@@ -163,7 +163,12 @@ class NystromParams(Section):
     "Nyström attention (Xiong et al. 2021): full attention approximated through landmarks."
     landmarks:int = Field(64, ge=1)
     iterations:int = Field(6, ge=1)             # of the pseudo-inverse
-    kernel:int = Field(33, ge=1)                # of the convolution over values that is added
+    kernel:int = Field(33, ge=1)                # of the convolution over values that is added; odd
+
+    @model_validator(mode="after")
+    def _odd(self):
+        if self.kernel % 2 == 0: raise ValueError(f"kernel must be odd, got {self.kernel}")
+        return self
 
 class MIRAMParams(MAEParams):
     "Reconstruction at several scales (MIRAM, arXiv 2503.07157); defaults are the authors' release. `scales: [1]` is MAE."
@@ -409,6 +414,9 @@ def check_method(p, name):
     if ratio is not None and not (int(ratio*n) >= 1 and int((1-ratio)*n) >= 1):
         raise ValueError(f"method.{name}.mask_ratio {ratio} leaves no visible or no masked token of {n}")
     widths = [p.model.embed_dim] + ([section.decoder.embed_dim] if ratio is not None else [])
+    sides = p.image_size(name)*max(getattr(section, "scales", [1]))
+    if getattr(section, "target", None) == "native" and p.data.image_size < sides:
+        raise ValueError(f"method.{name}.target native reconstructs {sides} px, but data.image_size is {p.data.image_size}: raise that, lower model.image_size, or use target: upsampled")
     if section.pos_embed == "sincos2d" and any(w % 4 for w in widths):
         raise ValueError(f"method.{name}.pos_embed sincos2d needs widths divisible by 4, got {widths}")
 
@@ -430,6 +438,7 @@ def check_segment(p):
     if sorted(set(s.blocks)) != s.blocks: raise ValueError(f"segment.blocks must rise, got {s.blocks}")
     if s.image_size % p.model.patch_size: raise ValueError(f"segment.image_size {s.image_size} is not divisible by model.patch_size {p.model.patch_size}")
     if p.model.patch_size & (p.model.patch_size - 1): raise ValueError(f"model.patch_size {p.model.patch_size}: segmentation needs a power of two")
+    if s.views.rotate or s.views.zoom != (1., 1.): raise ValueError("segment.views: masks are not turned or zoomed with their images; leave rotate at 0 and zoom at [1, 1]")
     if s.image_size % 32: raise ValueError(f"segment.image_size {s.image_size} is not divisible by 32, the coarsest map of the decoder")
     if s.stride > s.image_size: raise ValueError(f"segment.stride {s.stride} leaves gaps between windows of {s.image_size} px")
 

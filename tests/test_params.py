@@ -176,5 +176,13 @@ def test_miram_as_released():
     assert L.method.section("miram_native").target == "native" and L.patches("mae_fine") == 196
 
 
+@pytest.mark.parametrize("change, message", [
+    ("lesions.data.image_size=48", "method.miram_native.target native reconstructs 64 px, but data.image_size is 48"),
+    ("lesions.method.miram.scales=[2,1]", "scales must rise from 1"), ("lesions.method.miram.weights=[1.0]", "weights needs one entry"),
+    ("lesions.method.miram.nystrom.kernel=32", "kernel must be odd")])
+def test_miram_misfits(change, message):
+    with pytest.raises(ValueError, match=message): parse_params(compose([change]))
+
+
 def test_what_both_comparisons_share_is_set_once():
     with pytest.raises(ValueError, match="lesions.device: unknown parameter"): parse_params(compose(["+lesions.device=cpu"]))

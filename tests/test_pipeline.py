@@ -17,6 +17,9 @@ TINY = """data.limit=90 data.image_size=32 model.embed_dim=24 model.depth=2 mode
 pretrain.epochs=1 pretrain.batch_size=32 pretrain.watch_every=1 probe.labels=[30,all] probe.neighbours=[1,5] probe.C=[0.01,1.0]
 methods=[random,mae,sdmae,sdmae_detach] +method.sdmae_detach={of:sdmae,detach_teacher:true} probe.subsets=2
 finetune.labels=[30,all] finetune.epochs=1 finetune.min_steps=2 finetune.batch_size=32
+lesions.data.limit=150 lesions.model.embed_dim=24 lesions.model.depth=2 lesions.model.num_heads=2 lesions.methods=[random,mae,miram] lesions.tasks=[margins]
+lesions.pretrain.epochs=1 lesions.pretrain.batch_size=32 lesions.pretrain.watch_every=1 lesions.probe.neighbours=[1,5] lesions.probe.C=[0.01,1.0]
+lesions.finetune.epochs=2 lesions.finetune.min_steps=2 lesions.finetune.batch_size=32
 report.bootstrap=20 report.tsne_tiles=60 device=cpu precision=float32""".split()
 
 
@@ -56,7 +59,7 @@ def saved(path, prose=True, code=None):
 
 def contents(folder):
     "Every result and when it was written."
-    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for o in ("data/prepared", "runs", "evals", "metrics", "reports") for p in sorted((folder/o).rglob("*")) if p.is_file()}
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for o in ("data/prepared", "runs", "evals", "lesions", "metrics", "reports") for p in sorted((folder/o).rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,18 @@ def test_results(work):
             for o in encoders:
                 assert (work/"evals"/protocol/f"{o}-{seed}"/"predictions.npz").is_file(), (protocol, o)
                 assert json.loads((work/"metrics"/f"{protocol}-{o}-{seed}.json").read_text()), (protocol, o)
+
+
+def test_results_of_the_second_comparison(work):
+    p, folder = params(work)["lesions"], work/"lesions"
+    for o in p["methods"]: assert (folder/"runs"/f"{o}-0"/"encoder.safetensors").is_file(), o
+    for task in p["tasks"]:
+        for name in [f"finetune-{o}" for o in p["methods"]] + [f"probe-{o}" for o in (*p["methods"], "histogram")]:
+            for by_labels in json.loads((folder/task/"metrics"/f"{name}-0.json").read_text()).values():
+                entry = by_labels["all"]
+                assert 0 <= entry["macro_ap"] <= 1 and {"ap_0", "released_macro_ap"} <= set(entry) and entry["intervals"]["macro_auc"][0] <= entry["macro_auc"], (task, name)
+    page = (work/"reports"/"lesions"/"index.html").read_text()
+    assert "synthetic" in page and "MIRAM" in page and (work/"reports"/"lesions"/"reconstructions_miram.png").is_file()
 
 
 def test_the_report_says_what_it_is_made_on(work):
@@ -154,6 +169,11 @@ def test_an_edit_of_a_method_reruns_what_loads_it(work):
     assert repro(work, "--dry") == [f"pretrain@{m}-{s}" for m in ("sdmae", "sdmae_detach") for s in params(work)["seeds"]]
 
 
+def test_a_parameter_of_miram_reruns_miram(work):
+    edit_params(work, lesions__method__miram__target="native")
+    assert repro(work, "--dry") == ["check", "lesions_pretrain@miram-0"]
+
+
 def test_the_budget_reruns_every_pretraining_and_no_preparation(work):
     edit_params(work, pretrain__epochs=2)
     assert {o.split("@")[0] for o in repro(work, "--dry")} == {"check", "pretrain"}
@@ -166,19 +186,19 @@ def test_parameters_of_fine_tuning_rerun_no_pretraining(work):
 
 def test_parameters_of_the_report_rerun_the_report(work):
     edit_params(work, report__bootstrap=30)
-    assert repro(work, "--dry") == ["check", "report"]
+    assert sorted(repro(work, "--dry")) == ["check", "lesions_report", "report"]
 
 
 def test_editing_a_figure_reruns_no_training(work):
     saved(work/"nbs"/"report"/"figures.ipynb", code="#| export\nACCENT = 'tab:red'")
     sh(work, "nbdev_export")
     assert "ACCENT" in (work/"sdmae"/"report"/"figures.py").read_text()
-    assert repro(work, "--dry") == ["report"]
+    assert sorted(repro(work, "--dry")) == ["lesions_report", "report"]
 
 
 def test_saving_pipeline_notebooks_reruns_no_training(work):
     before = contents(work)
-    for path in (work/"nbs"/"pipeline").glob("*.ipynb"): saved(path, prose=path.stem != "60_report")
+    for path in (work/"nbs"/"pipeline").glob("*.ipynb"): saved(path, prose=path.stem not in ("60_report", "70_lesions"))
     assert repro(work) == ["check"] and contents(work) == before
 
 
@@ -198,7 +218,7 @@ def test_saving_library_notebooks_reruns_nothing(work):
 def test_code_of_a_pipeline_notebook_reruns_its_stages(work):
     saved(work/"nbs"/"pipeline"/"30_probe.ipynb", code="1 + 1")
     sh(work, "dvc", "repro", "check")
-    assert {o.split("@")[0] for o in repro(work, "--dry")} == {"probe", "probe_supervised", "probe_histogram"}
+    assert {o.split("@")[0] for o in repro(work, "--dry")} == {"probe", "probe_supervised", "probe_histogram", "lesions_probe", "lesions_probe_histogram"}
 
 
 # Faults stop it before anything earlier is gone
