@@ -319,7 +319,7 @@ def test_ablations_differ_run_by_run(campaign, named):
 
 
 def test_variants_are_named_by_what_they_change(named):
-    assert list(tb.ENCODERS)[-7:] == ["sdmae", *VARIANTS] and tb.ENCODERS["sdmae_decoder1"] == "SD-MAE, decoder.depth 1"
+    assert list(tb.ENCODERS)[-8:] == ["sdmae", *VARIANTS, "miram"] and tb.ENCODERS["sdmae_decoder1"] == "SD-MAE, decoder.depth 1"
     assert named["sdmae_mask75"].defaults == {"mask_ratio": .5}
     twins = {"a": tb.Variant("mae", {"mask_ratio": .5}, {"mask_ratio": .75}), "b": tb.Variant("mae", {"mask_ratio": .5}, {"mask_ratio": .75}), "c": tb.Variant("mae", {}, {})}
     assert [tb.name_variants(twins)[k] for k in twins] == ["MAE, mask_ratio 0.5", "MAE, mask_ratio 0.5 (b)", "MAE (c)"]
