@@ -58,9 +58,8 @@ class ScaleDecoder(nn.Module):
 
 # %% ../../nbs/methods/miram.ipynb #c013
 class Nystrom(NystromAttention):
-    "Nyström attention in the place of timm's. Raises `ValueError` for an even kernel, which has no centre."
+    "Nyström attention in the place of timm's."
     def __init__(self, dim:int, num_heads:int, params:NystromParams):
-        if params.kernel % 2 == 0: raise ValueError(f"nystrom.kernel {params.kernel} has no centre: use an odd one, {params.kernel + 1} say")
         super().__init__(dim, dim//num_heads, num_heads, params.landmarks, params.iterations, residual_conv_kernel=params.kernel)
 
     def forward(self, x:Tensor, attn_mask=None, is_causal=False)->Tensor: # the block hands over a mask that is None
