@@ -33,7 +33,7 @@ ENCODERS = dict(KNOWN) # and the variants of a run, once `name_variants` was tol
 PROTOCOLS = {"linear": "linear probe", "linear_sgd": "linear probe (SGD)", "knn": "kNN", "finetune": "fine-tuned"}
 METRIC_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_auc": "macro AUC", "macro_f1": "macro F1", "ece": "ECE",
                 "macro_ap": "macro AP", "micro_ap": "micro AP", "micro_auc": "micro AUC",
-                "released_macro_ap": "macro AP, counted as released", "released_macro_auc": "macro AUC, counted as released",
+                "released_macro_ap": "macro AP (as released)", "released_macro_auc": "macro AUC (as released)",
                 "miou": "mIoU", "iou_nucleus": "IoU of nuclei", "dice": "Dice of nuclei"}
 
 # %% ../../nbs/report/tables.ipynb #c006
