@@ -29,9 +29,9 @@ def pick_precision(
     name:str,           # "auto", "float32" or "bfloat16"
     device:torch.device
 )->torch.dtype|None:    # autocast's type, or None
-    "`auto`: bfloat16 on GPUs that have it and on CPUs with AMX."
+    "`auto`: bfloat16 on GPUs that have it and on CPUs that multiply it (AMX, AVX-512 BF16)."
     if name != "auto": return torch.bfloat16 if name == "bfloat16" else None
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else None
 
 def autocast(device:torch.device, dtype:torch.dtype|None):
