@@ -11,7 +11,8 @@ from sdmae.evaluate.statistics import LabelScores, scores
 from sdmae.methods.registry import build_method
 from sdmae.models.vit import Encoder
 from sdmae.params import FinetuneParams, OptimParams, ViewParams, compose, parse_params
-from sdmae.train.engine import Batches, Callback, Trainer, lr_at, make_optimizer, pick_device, pick_precision
+from sdmae.train.batches import Batches
+from sdmae.train.engine import Callback, Trainer, lr_at, make_optimizer, pick_device, pick_precision
 
 
 class Tiles:

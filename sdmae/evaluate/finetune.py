@@ -16,7 +16,8 @@ from timm.optim import param_groups_layer_decay
 from ..params import FinetuneParams
 from ..views.augment import MEAN, STD, Views, normalize, to_unit, whole
 from ..models.vit import Encoder
-from ..train.engine import Trainer, Batches, Callback, autocast
+from ..train.batches import Batches
+from ..train.engine import Trainer, Callback, autocast
 from .features import resting
 from .statistics import LabelScores, scores
 
