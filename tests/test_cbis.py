@@ -139,7 +139,7 @@ def test_layouts_give_the_same(tmp_path, pack, layout):
 def test_tasks(tmp_path):
     p = params(put(tmp_path/"cbis", as_dicom(ROWS)))
     store = prepare(open_source(p), tmp_path/"out", p)
-    assert list(store.tasks) == ["label", "pathology", "malignancy", "margins", "shape", "calc_type", "density"]
+    assert list(store.tasks) == ["label", "pathology", "malignancy", "margins", "shape", "calc_type", "density", "dense"]
     assert store.task("calc_type").classes == ["AMORPHOUS", "PLEOMORPHIC", "PUNCTATE"] and store.task("shape").classes == ["LYMPH_NODE", "OVAL"]
     for split in ("train", "valid", "test"):
         rows = store.indices(split, "margins")
@@ -152,7 +152,7 @@ def test_tasks(tmp_path):
 def test_one_finding_only(tmp_path):
     files = {k: v for k,v in as_dicom(ROWS).items() if "calc" not in k.lower()}
     s = open_source(params(put(tmp_path, files), findings=["mass"]))
-    assert s.classes == ["BENIGN_MASS","MALIGNANT_MASS"] and set(s.tasks) == {"pathology","malignancy","margins","shape","density"} and len(s.records) == 13
+    assert s.classes == ["BENIGN_MASS","MALIGNANT_MASS"] and set(s.tasks) == {"pathology","malignancy","margins","shape","density","dense"} and len(s.records) == 13
     with pytest.raises(FileNotFoundError, match="calc_case_description_train_set.csv is missing"): open_source(params(tmp_path))
 
 def test_fewer_classes_and_lesions(tmp_path):

@@ -37,7 +37,7 @@ def read_csv(
 FINDINGS, PARTS, SIDES, VIEWS = {"mass":"Mass", "calc":"Calc"}, {"train":"Training", "test":"Test"}, ("LEFT", "RIGHT"), ("CC", "MLO")
 PATHOLOGY = {"BENIGN":"BENIGN", "BENIGN_WITHOUT_CALLBACK":"BENIGN", "MALIGNANT":"MALIGNANT"}
 MARGINS = ["ILL_DEFINED", "CIRCUMSCRIBED", "SPICULATED", "MICROLOBULATED", "OBSCURED"]
-DENSITY = ["1", "2", "3", "4"]
+DENSITY = {"1":"NOT_DENSE", "2":"NOT_DENSE", "3":"DENSE", "4":"DENSE"}
 WORDS = {"mass":{"margins":"mass_margins", "shape":"mass_shape"}, "calc":{"calc_type":"calc_type"}} # tasks with several labels, and their columns
 
 # %% ../../nbs/data/cbis.ipynb #c009
@@ -95,7 +95,7 @@ def answers(
     "Labels of a lesion or view."
     malignancy, density = "MALIGNANT" if "MALIGNANT" in set(rows.pathology) else "BENIGN", rows.breast_density.iloc[0]
     said = {t: "|".join(dict.fromkeys(w for text in rows[column] for w in words(text))) for t,column in WORDS[rows.finding.iloc[0]].items()}
-    return {"pathology":f"{malignancy}_{rows.finding.iloc[0].upper()}", "malignancy":malignancy, "density":density if density in DENSITY else "", **said}
+    return {"pathology":f"{malignancy}_{rows.finding.iloc[0].upper()}", "malignancy":malignancy, "density":density if density in DENSITY else "", "dense":DENSITY.get(density, ""), **said}
 
 # %% ../../nbs/data/cbis.ipynb #c019
 def pathologies(
@@ -109,8 +109,9 @@ def all_tasks(
     findings:list[str]
 )->dict[str,Task]:
     "The tasks that have an answer anywhere; shapes and types of calcification as the CSVs spell them."
-    fixed = {"pathology":Task(pathologies(findings), False), "malignancy":Task(["BENIGN","MALIGNANT"], False), "margins":Task(MARGINS, True), "density":Task(DENSITY, False)}
-    found = {t: sorted({w for each in labels for w in each.get(t, "").split("|")} - {""}) for t in ("pathology", "malignancy", "margins", "shape", "calc_type", "density")}
+    fixed = dict(pathology=Task(pathologies(findings), False), malignancy=Task(["BENIGN","MALIGNANT"], False), margins=Task(MARGINS, True),
+                 density=Task([*DENSITY], False), dense=Task(["NOT_DENSE","DENSE"], False))
+    found = {t: sorted({w for each in labels for w in each.get(t, "").split("|")} - {""}) for t in ("pathology", "malignancy", "margins", "shape", "calc_type", "density", "dense")}
     return {t: fixed.get(t) or Task(classes, True) for t,classes in found.items() if classes}
 
 # %% ../../nbs/data/cbis.ipynb #c021
