@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 from skimage.measure import regionprops
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -74,21 +74,22 @@ def encode(pixels, form, **kwargs):
     out = io.BytesIO(); Image.fromarray(pixels).save(out, form, **kwargs)
     return out.getvalue()
 
-def dicom(pixels, photometric="MONOCHROME2"):
+def dicom(pixels, photometric="MONOCHROME2", compressed=False):
     meta = FileMetaDataset(); meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, "1.2.840.10008.5.1.4.1.1.7", "1.2.3"
     d, bits = FileDataset("", {}, file_meta=meta, preamble=b"\0"*128), pixels.dtype.itemsize*8
     d.Rows, d.Columns = pixels.shape; d.SamplesPerPixel, d.PhotometricInterpretation = 1, photometric
     d.BitsAllocated = d.BitsStored = bits; d.HighBit, d.PixelRepresentation, d.PixelData = bits - 1, 0, pixels.tobytes()
+    if compressed: d.compress(RLELossless, generate_instance_uid=False)
     out = io.BytesIO(); d.save_as(out)
     return out.getvalue()
 
-def as_dicom(rows, name="1-{}.dcm", first=1):
+def as_dicom(rows, name="1-{}.dcm", first=1, compressed=False):
     "TCIA's folders; mask and cut-out change places from lesion to lesion."
     files = csvs(rows)
     for i,r in enumerate(rows):
         image, mask = pixels(r)
-        files[f"CBIS-DDSM/{case(r)}/08-07-2016-DDSM-NA-1/1.000000-full mammogram images-2/{name.format(first)}"] = dicom(image.astype(np.uint16)*257)
-        both = [dicom(crop(image, mask).astype(np.uint16)*257), dicom(mask*np.uint8(255))]
+        files[f"CBIS-DDSM/{case(r)}/08-07-2016-DDSM-NA-1/1.000000-full mammogram images-2/{name.format(first)}"] = dicom(image.astype(np.uint16)*257, compressed=compressed)
+        both = [dicom(crop(image, mask).astype(np.uint16)*257, compressed=compressed), dicom(mask*np.uint8(255), compressed=compressed)]
         for j,data in enumerate(both[::(-1)**i]): files[f"CBIS-DDSM/{case(r)}_{r['lesion']}/08-07-2016-DDSM-NA-3/1.000000-ROI mask images-4/{name.format(first+j)}"] = data
     return files
 
@@ -123,7 +124,7 @@ def zipped(file, files):
 
 
 @pytest.mark.parametrize("pack", [put, zipped])
-@pytest.mark.parametrize("layout", [as_dicom, lambda r: as_dicom(r, "00000{}.dcm", 0), as_jpeg, repacked], ids=["1-1.dcm", "000000.dcm", "jpeg", "repacked"])
+@pytest.mark.parametrize("layout", [as_dicom, lambda r: as_dicom(r, "00000{}.dcm", 0), lambda r: as_dicom(r, compressed=True), as_jpeg, repacked], ids=["1-1.dcm", "000000.dcm", "compressed", "jpeg", "repacked"])
 def test_layouts_give_the_same(tmp_path, pack, layout):
     s = open_source(params(pack(tmp_path/"cbis.zip", layout(ROWS))))
     assert len(s.records) == len(ROWS) and s.classes == ["BENIGN_MASS","MALIGNANT_MASS","BENIGN_CALC","MALIGNANT_CALC"] and s.channels == 1 and not s.synthetic
