@@ -6,12 +6,14 @@
 __all__ = ['MEAN', 'STD', 'channels', 'to_unit', 'normalize', 'rgb', 'whole', 'rand_augment', 'Views']
 
 # %% ../../nbs/views/augment.ipynb #c002
+from functools import partial
 import numpy as np
 import torch
 from torch import nn, Tensor
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from ..params import ViewParams
+from .draws import draw_rows
 from .geometry import crop_resize, random_boxes, flip_where, turn, rotate_zoom
 from .colour import od_jitter, color_jitter, shift, erase
 
@@ -76,11 +78,11 @@ class Views(nn.Module):
         p, B = self.params, len(x)
         boxes = random_boxes(B, *x.shape[-2:], p.scale, p.ratio, x.device)
         x = crop_resize(x, boxes, self.image_size, p.interpolation).clamp(0, 1)
-        if p.hflip: x = flip_where(x, torch.rand(B, device=x.device) < 0.5, -1)
-        if p.vflip: x = flip_where(x, torch.rand(B, device=x.device) < 0.5, -2)
-        if p.rot90: x = turn(x, torch.randint(4, (B,), device=x.device))
+        if p.hflip: x = flip_where(x, draw_rows(torch.rand, B, device=x.device) < 0.5, -1)
+        if p.vflip: x = flip_where(x, draw_rows(torch.rand, B, device=x.device) < 0.5, -2)
+        if p.rot90: x = turn(x, draw_rows(partial(torch.randint, 4), B, device=x.device))
         if p.rotate or p.zoom != (1, 1):
-            u, (low, high) = torch.rand(2, B, device=x.device), p.zoom
+            u, (low, high) = draw_rows(torch.rand, 2, B, dim=1, device=x.device), p.zoom
             x = rotate_zoom(x, (2*u[0] - 1)*p.rotate, low + (high - low)*u[1])
         return x
 
