@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['run_config', 'looker', 'together', 'make_trainer', 'keep', 'pretrain', 'num_processes', 'launch', 'first_error',
-           'arguments', 'main']
+           'arguments', 'end_with_torchrun', 'main']
 
 # %% ../nbs/pretrain.ipynb #c002
-import argparse, json, os, subprocess, sys, tempfile, time
+import argparse, ctypes, json, os, signal, subprocess, sys, tempfile, time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -162,12 +162,18 @@ def arguments():
     parser.add_argument("--out", help="folder; runs/METHOD-SEED or lesions/runs/METHOD-SEED by default")
     return parser
 
-# %% ../nbs/pretrain.ipynb #c025
+# %% ../nbs/pretrain.ipynb #c026
+def end_with_torchrun():
+    "On Linux the kernel ends this process when the torchrun that started it is killed."
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGTERM) # PR_SET_PDEATHSIG
+
+# %% ../nbs/pretrain.ipynb #c027
 @record # an error is written down for torchrun
 def main(
     argv:list[str]=None # by default the command line
 )->int:                 # exit code
     "Pre-train as the command line says."
+    end_with_torchrun()
     a = arguments().parse_args(argv)
     a.tiles = a.tiles or (f"{a.study}/prepared" if a.study else "data/prepared")
     a.out = a.out or str(Path(a.study, "runs", f"{a.method}-{a.seed}"))
