@@ -10,6 +10,7 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..params import MaskedParams, ModelParams
+from ..views.draws import draw_rows
 from ..views.augment import Views, normalize, to_unit, whole
 from ..models.vit import build_encoder
 from ..models.decoders import Decoder, split_tokens, pixel_target, denormalize, paste, structure_r2
@@ -45,7 +46,7 @@ def draw_mask(self:MaskedAutoencoder,
     device, generator=None
 )->tuple[Tensor,Tensor]:         # visible and masked indices
     "A new random mask for each image."
-    return split_tokens(torch.rand(n, self.n_tokens, device=device, generator=generator), self.n_visible)
+    return split_tokens(draw_rows(torch.rand, n, self.n_tokens, device=device, generator=generator), self.n_visible)
 
 # %% ../../nbs/methods/mae.ipynb #c007
 @patch

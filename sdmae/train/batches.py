@@ -7,6 +7,7 @@ __all__ = ['Batches']
 
 # %% ../../nbs/train/batches.ipynb #c002
 import numpy as np
+from ..views.draws import place
 
 # %% ../../nbs/train/batches.ipynb #c005
 class Batches:
@@ -14,20 +15,23 @@ class Batches:
     def __init__(self,
         store,              # TileStore, on its device
         idx:np.ndarray,     # rows
-        batch_size:int,
+        batch_size:int,     # of all processes together
         seed:int=0,
         targets:str|None=None # a task of the store: batches are (images, targets) instead of (images,)
     ):
         self.store, self.idx, self.seed, self.task = store, np.asarray(idx), seed, targets
         self.batch_size, self.order = min(batch_size, len(self.idx)), None
         if not len(self.idx): raise ValueError("no tiles to train on: the split is empty")
+        if self.batch_size % place()[1]: raise ValueError(f"pretrain.batch_size {self.batch_size} is not divisible by {place()[1]} processes: change one of them")
 
     def __len__(self): return len(self.idx) // self.batch_size
 
-    def rows(self, epoch:int, i:int)->np.ndarray: # rows of batch i
+    def rows(self, epoch:int, i:int)->np.ndarray: # this process's part of batch i
         "The rows of one batch."
         if self.order is None or self.order[0] != epoch: self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.idx)
-        return self.order[1][i*self.batch_size:(i+1)*self.batch_size]
+        rank, world = place()
+        part = self.batch_size//world
+        return self.order[1][i*self.batch_size + rank*part:][:part]
 
     def batch(self, epoch:int, i:int)->tuple:
         "One batch, on the store's device."

@@ -12,16 +12,18 @@ import numpy as np
 import torch
 
 # %% ../../nbs/train/checkpoint.ipynb #c005
-def rng_state()->dict:
+def rng_state(
+    device:torch.device=torch.device("cpu") # that the run draws on
+)->dict:
     "The states of torch's, numpy's and Python's generators, as tensors and plain values."
     name, keys, *rest = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
                 numpy=[name, torch.from_numpy(keys.astype(np.int64)), *rest], python=random.getstate())
 
-def set_rng_state(state:dict):
+def set_rng_state(state:dict, device:torch.device=torch.device("cpu")):
     "Put the generators back."
     torch.set_rng_state(state["torch"])
-    if state["cuda"]: torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda": torch.cuda.set_rng_state(state["cuda"], device)
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(state["python"])
@@ -37,7 +39,7 @@ def save_checkpoint(
 ):
     "Save a run's state, atomically."
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = dict(model=trainer.model.state_dict(), optimizer=trainer.optimizer.state_dict(), rng=rng_state(),
+    state = dict(model=trainer.model.state_dict(), optimizer=trainer.optimizer.state_dict(), rng=rng_state(trainer.device),
                  step=trainer.step, history=trainer.history, sums=trainer.sums, callbacks=[c.state_dict() for c in remembering(trainer)])
     torch.save(state, path.with_suffix(".part"))
     os.replace(path.with_suffix(".part"), path)
@@ -48,7 +50,7 @@ def load_checkpoint(path:Path, trainer):
         state = torch.load(path, map_location="cpu", weights_only=True)
         trainer.model.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
-        set_rng_state(state["rng"])
+        set_rng_state(state["rng"], trainer.device)
         for c, memory in zip(remembering(trainer), state.get("callbacks", []), strict=True): c.load_state_dict(memory)
     except Exception as e: raise ValueError(f"{path} cannot be resumed ({type(e).__name__}: {str(e)[:200]}): delete it to start again") from e
     trainer.step, trainer.history, trainer.sums = state["step"], state["history"], state["sums"]

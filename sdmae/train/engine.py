@@ -6,24 +6,31 @@
 __all__ = ['pick_device', 'pick_precision', 'autocast', 'lr_at', 'Callback', 'make_optimizer', 'Trainer']
 
 # %% ../../nbs/train/engine.ipynb #c002
-import math, time
+import math, os, time
 import torch
+import torch.distributed as dist
 from torch import nn, Tensor
+from torch.nn.parallel import DistributedDataParallel
 from pathlib import Path
 from contextlib import nullcontext
 from fastcore.basics import patch
 from tqdm import tqdm
 from timm.optim import Lars, param_groups_weight_decay
 from ..params import OptimParams
+from ..views.draws import place
 from .batches import Batches
 from .checkpoint import save_checkpoint, load_checkpoint
 
 # %% ../../nbs/train/engine.ipynb #c005
 def pick_device(name:str="auto")->torch.device:
-    "`auto` is CUDA when there is one. Raises `RuntimeError` when an asked-for GPU is missing."
-    if name == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available(): raise RuntimeError(f"device: {name} was asked for, but torch sees no GPU; use device: auto")
-    return torch.device(name)
+    "`auto` is CUDA when there is one; torchrun's processes take a GPU each. Raises `RuntimeError` when an asked-for GPU is missing."
+    seen = torch.cuda.device_count()
+    if name == "auto": name = "cuda" if seen else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ: name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= seen:
+        raise RuntimeError(f"device: {name} was asked for, but torch sees {f'{seen} of them' if seen else 'no GPU'}; use device: auto, and no more processes than GPUs")
+    return device
 
 def pick_precision(
     name:str,           # "auto", "float32" or "bfloat16"
@@ -96,9 +103,22 @@ class Trainer:
         self.peak = optim.lr(batches.batch_size)
         groups = groups or param_groups_weight_decay(model, optim.weight_decay, getattr(model, "no_weight_decay", ()))
         self.optimizer = make_optimizer(groups, optim, self.peak)
-        self.step, self.history, self.sums = 0, [], {}
+        self.step, self.history, self.sums, self.learned = 0, [], {}, False
+        self.rank, self.world = place()
+        # static: parameters without a gradient in the first step never get one (SD-MAE's detached teacher)
+        self.network = DistributedDataParallel(model, static_graph=True) if self.world > 1 else model
 
 # %% ../../nbs/train/engine.ipynb #c019
+@patch
+def averaged(self:Trainer,
+    losses:dict # name → scalar
+)->dict:
+    "The mean of each over the processes."
+    if self.world == 1: return losses
+    values = torch.stack(list(losses.values()))
+    dist.all_reduce(values)
+    return dict(zip(losses, values / self.world))
+
 @patch
 def set_lr(self:Trainer)->float: # learning rate of this step
     "Schedule times each group's `lr_scale`."
@@ -111,18 +131,25 @@ def train_step(self:Trainer, batch:tuple):
     "Forward and backward of each part, then one optimiser step; adds the parts of the loss to the epoch's sums."
     lr, total = self.set_lr(), {}
     parts = max(1, min(self.accumulate, len(batch[0])//2)) # no part of a single image: mixing and BatchNorm need two
-    for part in zip(*(torch.tensor_split(t, parts) for t in batch)):
-        with autocast(self.device, self.precision): losses = self.model(*part)
+    for i, part in enumerate(zip(*(torch.tensor_split(t, parts) for t in batch))):
         share = len(part[0]) / len(batch[0])
-        (losses["loss"] * share).backward()
+        with self.network.no_sync() if self.learned and i < parts-1 else nullcontext():
+            with autocast(self.device, self.precision): losses = self.network(*part)
+            (losses["loss"] * share).backward()
         for k, v in losses.items(): total[k] = total.get(k, 0) + v.detach().double() * share
     self.optimizer.step(); self.optimizer.zero_grad(set_to_none=True)
+    self.learned = self.world > 1 # in its first step the wrapper learns which gradients there are, and averages in every part
     if hasattr(self.model, "after_step"): self.model.after_step()
-    for k, v in total.items(): self.sums[k] = self.sums.get(k, 0) + v
+    for k, v in self.averaged(total).items(): self.sums[k] = self.sums.get(k, 0) + v
     self.step += 1
     return lr
 
 # %% ../../nbs/train/engine.ipynb #c021
+@patch(as_prop=True)
+def watching(self:Trainer):
+    "The callbacks, in the first process."
+    return () if self.rank else self.callbacks
+
 @patch
 def log_epoch(self:Trainer, epoch:int, lr:float, images_per_s:float):
     "Close the epoch: means, callbacks' numbers, history. Raises `FloatingPointError` for a loss that is not finite."
@@ -132,7 +159,7 @@ def log_epoch(self:Trainer, epoch:int, lr:float, images_per_s:float):
     row |= dict(epoch=epoch+1, lr=lr, images_per_s=images_per_s)
     self.sums = {}
     self.history.append(row)
-    for c in self.callbacks: row |= c.after_epoch(self) or {}
+    for c in self.watching: row |= c.after_epoch(self) or {}
 
 # %% ../../nbs/train/engine.ipynb #c022
 @patch
@@ -156,17 +183,26 @@ def train_epoch(self:Trainer, epoch:int, bar):
 def fit(self:Trainer)->list[dict]: # one row of numbers an epoch
     "Train to the end, from the checkpoint if there is one; the checkpoint is removed when the run is complete."
     if self.checkpoint and self.checkpoint.exists(): load_checkpoint(self.checkpoint, self)
+    self.check_start()
     self.saved = time.monotonic()
-    for c in self.callbacks: c.before_fit(self)
+    for c in self.watching: c.before_fit(self)
     done = self.step * self.batches.batch_size
-    with tqdm(total=self.steps*self.batches.batch_size, initial=done, desc=self.desc, unit="img", unit_scale=True, smoothing=0.05, mininterval=1) as bar:
+    with tqdm(total=self.steps*self.batches.batch_size, initial=done, desc=self.desc, unit="img", unit_scale=True, smoothing=0.05, mininterval=1, disable=self.rank > 0) as bar:
         for epoch in range(self.step // len(self.batches), self.epochs): self.train_epoch(epoch, bar)
-    for c in self.callbacks: c.after_fit(self)
-    if self.checkpoint: self.checkpoint.unlink(missing_ok=True)
+    for c in self.watching: c.after_fit(self)
+    if self.checkpoint and self.rank == 0: self.checkpoint.unlink(missing_ok=True)
     return self.history
+
+@patch
+def check_start(self:Trainer):
+    "Wait for the other processes. Raises `RuntimeError` where they would go on from different steps."
+    if self.world == 1: return
+    steps = [None]*self.world
+    dist.all_gather_object(steps, self.step)
+    if len(set(steps)) > 1: raise RuntimeError(f"{self.desc}: the processes would go on from steps {steps}. {self.checkpoint} must lie on a disk that all machines share; delete it to start again")
 
 @patch
 def maybe_checkpoint(self:Trainer):
     "Save when the last checkpoint is old enough."
-    if self.checkpoint and time.monotonic() - self.saved >= 60*self.checkpoint_minutes:
+    if self.checkpoint and self.rank == 0 and time.monotonic() - self.saved >= 60*self.checkpoint_minutes:
         save_checkpoint(self.checkpoint, self); self.saved = time.monotonic()

@@ -6,12 +6,14 @@
 __all__ = ['MEAN', 'STD', 'channels', 'to_unit', 'normalize', 'rgb', 'whole', 'rand_augment', 'Views']
 
 # %% ../../nbs/views/augment.ipynb #c002
+from functools import partial
 import numpy as np
 import torch
 from torch import nn, Tensor
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from ..params import ViewParams
+from .draws import draw_rows, place
 from .geometry import crop_resize, random_boxes, flip_where, turn, rotate_zoom
 from .colour import od_jitter, color_jitter, shift, erase
 
@@ -54,7 +56,8 @@ def rand_augment(
     x:Tensor,   # (B, 1 or 3, H, W) in [0, 1]
     policy:str  # timm's, e.g. "rand-m9-mstd0.5-inc1"
 )->Tensor:      # (B, 3, H, W)
-    "timm's RandAugment, image by image."
+    "timm's RandAugment, image by image. Raises `ValueError` in one of several processes."
+    if place()[1] > 1: raise ValueError("views.rand_augment draws from generators that processes do not share: set pretrain.num_processes to 1, or use color_jitter in its place")
     fill = tuple(round(255*m) for m in MEAN)
     augment = rand_augment_transform(policy, dict(translate_const=int(min(x.shape[-2:])*0.45), img_mean=fill, interpolation=Image.Resampling.BICUBIC))
     images = (rgb(x)*255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -76,11 +79,11 @@ class Views(nn.Module):
         p, B = self.params, len(x)
         boxes = random_boxes(B, *x.shape[-2:], p.scale, p.ratio, x.device)
         x = crop_resize(x, boxes, self.image_size, p.interpolation).clamp(0, 1)
-        if p.hflip: x = flip_where(x, torch.rand(B, device=x.device) < 0.5, -1)
-        if p.vflip: x = flip_where(x, torch.rand(B, device=x.device) < 0.5, -2)
-        if p.rot90: x = turn(x, torch.randint(4, (B,), device=x.device))
+        if p.hflip: x = flip_where(x, draw_rows(torch.rand, B, device=x.device) < 0.5, -1)
+        if p.vflip: x = flip_where(x, draw_rows(torch.rand, B, device=x.device) < 0.5, -2)
+        if p.rot90: x = turn(x, draw_rows(partial(torch.randint, 4), B, device=x.device))
         if p.rotate or p.zoom != (1, 1):
-            u, (low, high) = torch.rand(2, B, device=x.device), p.zoom
+            u, (low, high) = draw_rows(torch.rand, 2, B, dim=1, device=x.device), p.zoom
             x = rotate_zoom(x, (2*u[0] - 1)*p.rotate, low + (high - low)*u[1])
         return x
 

@@ -9,11 +9,12 @@ __all__ = ['BLENDS', 'draw', 'od_jitter', 'grey', 'blend', 'color_jitter', 'shif
 import math
 import torch
 from torch import Tensor
+from .draws import draw_rows
 
 # %% ../../nbs/views/colour.ipynb #c006
 def draw(n:int, strength:float, x:Tensor)->Tensor: # (B, n, 1, 1) uniform in ±strength
     "One number an image and channel."
-    return (2*torch.rand(len(x), n, 1, 1, device=x.device, dtype=x.dtype) - 1)*strength
+    return (2*draw_rows(torch.rand, len(x), n, 1, 1, device=x.device, dtype=x.dtype) - 1)*strength
 
 def od_jitter(
     x:Tensor,       # (B, C, H, W) in [0, 1]
@@ -57,11 +58,11 @@ def erase(
 )->Tensor:
     "Replace a random rectangle by noise."
     B, _, H, W = x.shape
-    u = torch.rand(5, B, 1, 1, 1, device=x.device)
+    u = draw_rows(torch.rand, 5, B, 1, 1, 1, dim=1, device=x.device)
     area = H*W*(0.02 + (1/3-0.02)*u[0])
     aspect = torch.exp(math.log(0.3) * (1 - 2*u[1]))
     h, w = (area*aspect).sqrt().round().clamp(1, H-1), (area/aspect).sqrt().round().clamp(1, W-1)
     row, col = torch.arange(H, device=x.device)[:, None], torch.arange(W, device=x.device)
     dy, dx = row - (u[2]*(H-h)).floor(), col - (u[3]*(W-w)).floor()
     inside = (dy >= 0) & (dy < h) & (dx >= 0) & (dx < w) & (u[4] < probability)
-    return torch.where(inside, mean + std*torch.randn_like(x), x)
+    return torch.where(inside, mean + std*draw_rows(torch.randn, *x.shape, device=x.device, dtype=x.dtype), x)

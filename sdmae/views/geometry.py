@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from .draws import draw_rows
 
 # %% ../../nbs/views/geometry.ipynb #c005
 def cubic(x:Tensor)->Tensor:
@@ -65,7 +66,7 @@ def random_boxes(
     device="cpu"
 )->Tensor:          # (n, 4) top, left, height, width
     "Boxes by the law of torchvision's `RandomResizedCrop`."
-    u = torch.rand(4, n, 10, device=device)
+    u = draw_rows(torch.rand, 4, n, 10, dim=1, device=device)
     area = height * width * (scale[0] + (scale[1]-scale[0])*u[0])
     aspect = torch.exp(math.log(ratio[0]) + (math.log(ratio[1])-math.log(ratio[0]))*u[1])
     w, h = (area*aspect).sqrt().round(), (area/aspect).sqrt().round()
