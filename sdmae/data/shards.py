@@ -16,11 +16,11 @@ import numpy as np, torch
 from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, decode_jpeg
+from torchvision.io import ImageReadMode, decode_jpeg
 from tqdm import tqdm
 from webdataset import ShardWriter
 
-from .records import Record, list_files
+from .records import Record, decode, list_files
 from .store import TileStore, fit, send, sha256, swap
 
 # %% ../../nbs/data/shards.ipynb #c005
@@ -134,7 +134,7 @@ def write_shards(
 @patch
 def read(self:Shards,
     ranges:list[tuple[int,int]] # first row and the one after the last, each within one file
-)->tuple[Tensor, np.ndarray]:   # all bytes in one row, (n+1,) where each image begins
+)->tuple[np.ndarray, np.ndarray]: # uint8, all files end to end; (n+1,) where each begins
     "Image files of rows, as they are. `ValueError` for a file that has become shorter."
     table = np.concatenate([self.table[a:z] for a, z in ranges])
     starts = np.concatenate([[0], np.cumsum(table[:, 1])])
@@ -146,7 +146,7 @@ def read(self:Shards,
                 f.seek(first)
                 if f.readinto(out[starts[n]:starts[n]+size]) < size: raise ValueError(f"{tar}: truncated since it was indexed. Get it again.")
                 n += 1
-    return torch.from_numpy(out), starts
+    return out, starts
 
 @patch
 def name(self:Shards, row:int)->str:
@@ -156,16 +156,14 @@ def name(self:Shards, row:int)->str:
 
 # %% ../../nbs/data/shards.ipynb #c018
 @patch
-def decode(self:Shards,
-    data:Tensor,   # bytes of an image file
-    row:int,       # for the error
-    image_size:int # px
-)->Tensor:         # (3, image_size, image_size) uint8
+def tile(self:Shards,
+    data:np.ndarray, # bytes of an image file
+    row:int,         # for the error
+    image_size:int   # px
+)->np.ndarray:       # (image_size, image_size, 3) uint8
     "One image, on the CPU. `ValueError` naming shard and key if it cannot be decoded or squared."
-    try: image = decode_image(data, ImageReadMode.RGB)
-    except RuntimeError as e: raise ValueError(f"{self.name(row)} cannot be decoded ({str(e).splitlines()[0]}). Replace it, then: python -m sdmae.data.shards index {self.folder}") from e
-    if image.shape == (3, image_size, image_size) and image.dtype == torch.uint8: return image
-    return torch.from_numpy(fit(image.permute(1, 2, 0).numpy(), image_size, None, self.name(row))).permute(2, 0, 1)
+    try: return fit(decode(data.tobytes(), "", "RGB"), image_size, None, "")
+    except ValueError as e: raise ValueError(f"{self.name(row)}{e} Then: python -m sdmae.data.shards index {self.folder}") from e
 
 # %% ../../nbs/data/shards.ipynb #c021
 class ShardBatches:
@@ -248,7 +246,7 @@ def rows(self:ShardBatches, epoch:int, i:int)->np.ndarray: # this process's part
 
 # %% ../../nbs/data/shards.ipynb #c028
 @patch
-def group(self:ShardBatches, epoch:int, g:int)->tuple[Tensor, np.ndarray]:
+def group(self:ShardBatches, epoch:int, g:int)->tuple[np.ndarray, np.ndarray]:
     "The files of a group, read ahead or now; every other group is forgotten."
     self.held = {k: v for k, v in self.held.items() if k == (epoch, g)}
     self.want(epoch, g)
@@ -263,16 +261,17 @@ def want(self:ShardBatches, epoch:int, g:int):
 # %% ../../nbs/data/shards.ipynb #c029
 @patch
 def decode(self:ShardBatches,
-    files:list[Tensor], # bytes of image files
-    rows:np.ndarray     # for the error
-)->Tensor:              # (B, 3, S, S) uint8 on the device
-    "Images of one batch; `ValueError` as `Shards.decode`."
+    files:list[np.ndarray], # bytes of image files
+    rows:np.ndarray         # for the error
+)->Tensor:                  # (B, 3, S, S) uint8 on the device
+    "Images of one batch; `ValueError` as `Shards.tile`."
     size = self.image_size
-    if self.device.type == "cuda" and all(f[:1].tolist() == [0xFF] for f in files): # JPEG
-        try: images = decode_jpeg(files, ImageReadMode.RGB, self.device)
-        except RuntimeError: images = [None] # the CPU says which it is, or knows that kind of JPEG
-        if all(im is not None and im.shape == (3, size, size) for im in images): return torch.stack(images)
-    return send(torch.stack(list(self.decoders.map(lambda f, row: self.shards.decode(f, row, size), files, rows))), self.device)
+    if self.device.type == "cuda" and all(f[:1] == 0xFF for f in files): # JPEG
+        try: images = decode_jpeg([torch.from_numpy(f) for f in files], ImageReadMode.RGB, self.device)
+        except RuntimeError: images = [] # the CPU says which it is, or knows that kind of JPEG
+        if images and all(im.shape == (3, size, size) for im in images): return torch.stack(images)
+    tiles = self.decoders.map(lambda f, row: self.shards.tile(f, row, size), files, rows)
+    return send(torch.from_numpy(np.stack(list(tiles))), self.device).permute(0, 3, 1, 2).contiguous()
 
 @patch
 def batch(self:ShardBatches, epoch:int, i:int)->tuple[Tensor]: # (B, 3, S, S) uint8 on the device
