@@ -12,7 +12,7 @@ from sdmae.data.records import Record, Source
 from sdmae.data.shards import ShardBatches, Shards, index_shards, main, write_shards
 from sdmae.data.store import fit, prepare
 from sdmae.params import DataParams, OptimParams
-from sdmae.train.batches import ahead
+from sdmae.train.batches import Batches, ahead
 from sdmae.train.engine import Trainer
 
 
@@ -87,6 +87,18 @@ def test_a_failure_keeps_the_earlier_shards(tmp_path):
     with pytest.raises(ValueError, match="tile 7"): write_shards(bad, tmp_path/"set")
     assert Shards(tmp_path/"set").sha256 == before and [p.name for p in tmp_path.iterdir()] == ["set"]
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_decodes_batches(tmp_path):
+    "In the mean within two steps of 255 of the CPU's pixels; a file that it cannot decode is named all the same."
+    smooth = np.repeat(np.repeat(noise(12, 8), 4, 1), 4, 2)
+    shards = write_shards(records(smooth), tmp_path/"set", quality=95)
+    gpu, cpu = (ShardBatches(shards, 32, 4, device=torch.device(d)) for d in ("cuda", "cpu"))
+    for i, (images,) in enumerate(ahead(gpu, 0)):
+        assert images.device.type == "cuda" and images.dtype == torch.uint8
+        assert (images.cpu().float() - cpu.batch(0, i)[0].float()).abs().mean() < 2
+    tar(tmp_path/"bad"/"a.tar", {"good.jpg": jpeg(smooth[0]), "bad.jpg": jpeg(smooth[1])[:300]})
+    with pytest.raises(ValueError, match="a.tar: bad.jpg: truncated"): ShardBatches(index_shards(tmp_path/"bad"), 32, 2, device=torch.device("cuda")).batch(0, 0)
+
 
 # The order
 
@@ -156,6 +168,16 @@ def test_training_goes_on_in_the_middle_of_an_epoch(shards, tmp_path):
     with pytest.raises(KeyboardInterrupt): fit(28, checkpoint=tmp_path/"c.pt", checkpoint_minutes=0)
     resumed = fit(checkpoint=tmp_path/"c.pt")
     assert resumed.steps == 40-27 and torch.equal(resumed.w, whole.w)
+
+def test_a_memory_map_trains_as_a_resident_store(tmp_path):
+    source = Source("test", [r for s in ("train","valid","test") for r in records(noise(40), s)], ["a","b"], False, [])
+    store = prepare(source, tmp_path/"store", DataParams(name="test", adapter="folder", path="x", image_size=16))
+    def fit(max_bytes):
+        model, batches = Slope(), Batches(store.to("cpu", max_bytes), store.indices("train"), 8)
+        Trainer(model, batches, OptimParams(base_lr=1.), 2, torch.device("cpu")).fit()
+        return model.w, batches.resident
+    (mapped, thread), (resident, plain) = fit(0), fit(10**9)
+    assert torch.equal(mapped, resident) and mapped != 0 and plain and not thread
 
 
 # Memory
