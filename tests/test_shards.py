@@ -147,6 +147,15 @@ def test_a_resumed_epoch_reads_its_group_only(shards, monkeypatch):
     late.reader.shutdown()
     assert len(late.groups(1)) > 8 and len(asked) <= 3 # its group or two, and the one read ahead
 
+def test_each_group_is_read_once(shards, monkeypatch):
+    "Three epochs: every group of each, and the one that is read ahead at the end."
+    read, asked = Shards.read, []
+    monkeypatch.setattr(Shards, "read", lambda self, ranges: asked.append(ranges) or read(self, ranges))
+    b = ShardBatches(shards, 16, 7, buffer_mb=0.02)
+    for epoch in range(3): list(ahead(b, epoch))
+    b.reader.shutdown()
+    assert asked == [g for epoch in range(3) for g in b.groups(epoch)] + b.groups(3)[:1]
+
 def test_read_ahead_gives_the_same(shards):
     make = lambda: ShardBatches(shards, 16, 10, buffer_mb=0.02)
     plain = make()

@@ -182,7 +182,7 @@ class ShardBatches:
         if batch_size % world: raise ValueError(f"pretrain.batch_size {batch_size} is not divisible by {world} processes: change one of them")
         self.shards, self.image_size, self.batch_size, self.seed, self.device = shards, image_size, batch_size, seed, device
         self.rank, self.part, self.buffer = rank, batch_size//world, int(buffer_mb*1e6)
-        self.planned, self.held = None, {}
+        self.planned, self.held = {}, {}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.reader, self.decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(max(1, cores//world))
 
@@ -221,10 +221,11 @@ def groups(self:ShardBatches, epoch:int)->list[list[tuple[int,int]]]:
 @patch
 def plan(self:ShardBatches, epoch:int)->tuple[list,list]: # groups, and how many images there are up to the end of each
     "The groups of an epoch, worked out once."
-    if self.planned is None or self.planned[0] != epoch:
+    if epoch not in self.planned:
         groups = self.groups(epoch)
-        self.planned = epoch, groups, np.cumsum([sum(z-a for a, z in g) for g in groups]).tolist()
-    return self.planned[1:]
+        ends = np.cumsum([sum(z-a for a, z in g) for g in groups]).tolist()
+        self.planned = {k: v for k, v in self.planned.items() if k == epoch-1} | {epoch: (groups, ends)}
+    return self.planned[epoch]
 
 # %% ../../nbs/data/shards.ipynb #c024
 @patch
@@ -246,17 +247,16 @@ def rows(self:ShardBatches, epoch:int, i:int)->np.ndarray: # this process's part
 
 # %% ../../nbs/data/shards.ipynb #c028
 @patch
-def group(self:ShardBatches, epoch:int, g:int)->tuple[np.ndarray, np.ndarray]:
-    "The files of a group, read ahead or now; every other group is forgotten."
-    self.held = {k: v for k, v in self.held.items() if k == (epoch, g)}
-    self.want(epoch, g)
-    return self.held[epoch, g].result()
+def want(self:ShardBatches, *places:tuple[int,int]):
+    "Have these groups (epoch, number) read in this order, and forget all others."
+    self.held = {k: v for k, v in self.held.items() if k in places}
+    for epoch, g in places:
+        if (epoch, g) not in self.held: self.held[epoch, g] = self.reader.submit(self.shards.read, self.plan(epoch)[0][g])
 
 @patch
-def want(self:ShardBatches, epoch:int, g:int):
-    "Have a group read, if there is one of this number."
-    groups, _ = self.plan(epoch)
-    if g < len(groups) and (epoch, g) not in self.held: self.held[epoch, g] = self.reader.submit(self.shards.read, groups[g])
+def following(self:ShardBatches, epoch:int, g:int)->tuple[int,int]:
+    "The next group; after the last one of an epoch comes the first of the next."
+    return (epoch, g+1) if g+1 < len(self.plan(epoch)[0]) else (epoch+1, 0)
 
 # %% ../../nbs/data/shards.ipynb #c029
 @patch
@@ -278,11 +278,12 @@ def batch(self:ShardBatches, epoch:int, i:int)->tuple[Tensor]: # (B, 3, S, S) ui
     "One batch. `ValueError` naming shard and key where an image cannot be decoded."
     files = []
     for g, at in self.places(epoch, i):
-        data, starts = self.group(epoch, g)
+        if (epoch, g) not in self.held: self.want((epoch, g))
+        data, starts = self.held[epoch, g].result()
         files += [data[starts[p]:starts[p+1]] for p in at]
     images = self.decode(files, self.rows(epoch, i))
     del files # they keep the group before this one alive
-    self.want(epoch, g+1)
+    self.want((epoch, g), self.following(epoch, g))
     return (images,)
 
 # %% ../../nbs/data/shards.ipynb #c033
