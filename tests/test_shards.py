@@ -222,7 +222,7 @@ def test_tars_of_any_origin(tmp_path):
 # Bad input
 
 def test_nothing_to_index_or_write(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none does not exist"): index_shards(tmp_path/"none")
+    with pytest.raises(FileNotFoundError, match="none is no folder"): index_shards(tmp_path/"none")
     (tmp_path/"empty").mkdir()
     with pytest.raises(FileNotFoundError, match="nothing in it that ends in .tar"): index_shards(tmp_path/"empty")
     tar(tmp_path/"bare"/"a.tar", {"a.txt": b"no image"})

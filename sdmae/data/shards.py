@@ -46,6 +46,7 @@ def index_shards(
 )->"Shards":
     "Writes index.json and index.npy for tars of any origin. `FileNotFoundError` where there is no tar, `ValueError` where there is no image or a tar is damaged."
     folder = Path(folder)
+    if not folder.is_dir(): raise FileNotFoundError(f"{folder} is no folder: name one that holds .tar files.")
     files = list_files(folder, (".tar",))
     found = [members(folder/f) for f in tqdm(files, desc="index", unit="shard")]
     table = np.array([(first, size) for each in found for _, first, size in each], np.int64)
