@@ -287,10 +287,12 @@ class PretrainParams(Section):
     watch_every:int = Field(ge=1)                       # epochs between kNN, RankMe and reconstructions
     checkpoint_minutes:float = Field(2., ge=0)          # at least so long between two checkpoints
     shards:str|None = Field(None, min_length=1)         # folder of tars with index.json, from which the images come instead of the training split
+    num_processes:Annotated[int, Field(ge=1)]|Literal["auto"] = 1 # that share each batch; "auto": one for each GPU
 
     @model_validator(mode="after")
     def _parts(self):
-        if self.batch_size % self.accumulate: raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+        for name in ("accumulate", "num_processes"):
+            if (n := getattr(self, name)) != "auto" and self.batch_size % n: raise ValueError(f"batch_size {self.batch_size} is not divisible by {name} {n}")
         return self
 
 # %% ../nbs/params.ipynb #c036

@@ -103,10 +103,10 @@ class Trainer:
         self.peak = optim.lr(batches.batch_size)
         groups = groups or param_groups_weight_decay(model, optim.weight_decay, getattr(model, "no_weight_decay", ()))
         self.optimizer = make_optimizer(groups, optim, self.peak)
-        self.step, self.history, self.sums = 0, [], {}
+        self.step, self.history, self.sums, self.learned = 0, [], {}, False
         self.rank, self.world = place()
-        # static: a parameter that gets no gradient in the first step never gets one (SD-MAE's detached teacher)
-        self.network = DistributedDataParallel(model, static_graph=True, broadcast_buffers=False) if self.world > 1 else model
+        # static: parameters without a gradient in the first step never get one (SD-MAE's detached teacher)
+        self.network = DistributedDataParallel(model, static_graph=True) if self.world > 1 else model
 
 # %% ../../nbs/train/engine.ipynb #c019
 @patch
@@ -133,11 +133,12 @@ def train_step(self:Trainer, batch:tuple):
     parts = max(1, min(self.accumulate, len(batch[0])//2)) # no part of a single image: mixing and BatchNorm need two
     for i, part in enumerate(zip(*(torch.tensor_split(t, parts) for t in batch))):
         share = len(part[0]) / len(batch[0])
-        with self.network.no_sync() if self.world > 1 and i < parts-1 else nullcontext():
+        with self.network.no_sync() if self.learned and i < parts-1 else nullcontext():
             with autocast(self.device, self.precision): losses = self.network(*part)
             (losses["loss"] * share).backward()
         for k, v in losses.items(): total[k] = total.get(k, 0) + v.detach().double() * share
     self.optimizer.step(); self.optimizer.zero_grad(set_to_none=True)
+    self.learned = self.world > 1 # in its first step the wrapper learns which gradients there are, and averages in every part
     if hasattr(self.model, "after_step"): self.model.after_step()
     for k, v in self.averaged(total).items(): self.sums[k] = self.sums.get(k, 0) + v
     self.step += 1

@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from ..params import ViewParams
-from .draws import draw_rows
+from .draws import draw_rows, place
 from .geometry import crop_resize, random_boxes, flip_where, turn, rotate_zoom
 from .colour import od_jitter, color_jitter, shift, blur, solarize, erase
 
@@ -56,7 +56,8 @@ def rand_augment(
     x:Tensor,   # (B, 1 or 3, H, W) in [0, 1]
     policy:str  # timm's, e.g. "rand-m9-mstd0.5-inc1"
 )->Tensor:      # (B, 3, H, W)
-    "timm's RandAugment, image by image."
+    "timm's RandAugment, image by image. Raises `ValueError` in one of several processes."
+    if place()[1] > 1: raise ValueError("views.rand_augment draws from generators that processes do not share: set pretrain.num_processes to 1, or use color_jitter in its place")
     fill = tuple(round(255*m) for m in MEAN)
     augment = rand_augment_transform(policy, dict(translate_const=int(min(x.shape[-2:])*0.45), img_mean=fill, interpolation=Image.Resampling.BICUBIC))
     images = (rgb(x)*255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
