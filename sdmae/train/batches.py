@@ -13,7 +13,6 @@ from functools import partial
 from itertools import islice
 import numpy as np
 import torch
-from ..data.store import send
 from ..views.draws import place
 
 # %% ../../nbs/train/batches.ipynb #c005
@@ -44,7 +43,7 @@ class Batches:
         "One batch, on the store's device."
         rows = self.rows(epoch, i)
         images = self.store.batch(rows)
-        return (images, send(self.store.targets(rows, self.task), images.device)) if self.task else (images,)
+        return (images, self.store.targets(rows, self.task).to(images.device, non_blocking=True)) if self.task else (images,)
 
     resident = property(lambda self: getattr(self.store, "resident", True) is not None) # nothing to wait for
 
