@@ -88,13 +88,16 @@ class ViewParams(Section):
     od_jitter:float = Field(0., ge=0)                           # optical density × (1 ± s) and + (± s/4), per channel
     color_jitter:float = Field(0., ge=0, le=1)                  # brightness, contrast, saturation × (1 ± s)
     rand_augment:str|None = Field(None, pattern=r"^rand(-[a-z]+[0-9.]+)+$") # timm's RandAugment, "rand-m9-mstd0.5-inc1"; takes color_jitter's place
+    blur:float = Field(0., ge=0, le=1)                          # probability of a Gaussian blur
+    blur_sigma:tuple[float,float] = (0.1, 2.)                   # its width, px
+    solarize:float = Field(0., ge=0, le=1)                      # probability that the bright half is inverted
     erasing:float = Field(0., ge=0, le=1)                       # probability of random erasing
 
     @model_validator(mode="after")
     def _scale(self):
         low, high = self.scale
         if not 0 < low <= high <= 1: raise ValueError(f"scale must rise within (0, 1], got {self.scale}")
-        for name in ("ratio", "zoom"):
+        for name in ("ratio", "zoom", "blur_sigma"):
             low, high = getattr(self, name)
             if not 0 < low <= high: raise ValueError(f"{name} must rise from above 0, got {(low, high)}")
         return self
@@ -283,6 +286,7 @@ class PretrainParams(Section):
     accumulate:int = Field(1, ge=1)                     # equal parts a batch is split into
     watch_every:int = Field(ge=1)                       # epochs between kNN, RankMe and reconstructions
     checkpoint_minutes:float = Field(2., ge=0)          # at least so long between two checkpoints
+    shards:str|None = Field(None, min_length=1)         # folder of tars with index.json, from which the images come instead of the training split
     num_processes:Annotated[int, Field(ge=1)]|Literal["auto"] = 1 # that share each batch; "auto": one for each GPU
 
     @model_validator(mode="after")

@@ -25,6 +25,7 @@ def edit(path, value):
     ("pretrain.epochs", 0, "pretrain.epochs"),
     ("pretrain.epochs", "many", "pretrain.epochs"),
     ("pretrain.accumulate", 7, "is not divisible by accumulate 7"),
+    ("pretrain.shards", "", "pretrain.shards"), ("method.mae.views.blur_sigma", [0.0, 2.0], "blur_sigma must rise"), ("method.mae.views.solarize", 2, "method.mae.views.solarize"),
     ("model.patch_size", 7, "data.image_size 64 is not divisible by model.patch_size 7"),
     ("model.num_heads", 5, "embed_dim 128 is not divisible by num_heads 5"),
     ("method.mae.decoder.num_heads", 5, "embed_dim 96 is not divisible by num_heads 5"),

@@ -64,7 +64,7 @@ def decode(
     try:
         with Image.open(io.BytesIO(data)) as im:
             if im.mode[0] in "IF": raise ValueError(f"pixels of type {im.mode}, deeper than 8 bits; convert it to 8 bits")
-            return np.asarray(im.convert(mode))
+            return np.asarray(im if im.mode == mode else im.convert(mode))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"{path}: truncated, or not an image that can be read ({e}). Replace the file or take it out of the data.") from e
 

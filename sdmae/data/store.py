@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'fit', 'fill', 'run_all', 'make_table', 'encode', 'sha256', 'task_counts', 'make_manifest', 'swap',
-           'prepare', 'TileStore', 'one_of_each_first', 'free_bytes', 'montage', 'contact_sheet']
+           'prepare', 'TileStore', 'one_of_each_first', 'free_bytes', 'send', 'montage', 'contact_sheet']
 
 # %% ../../nbs/data/store.ipynb #c002
 import copy, hashlib, json, multiprocessing, os, shutil, tempfile
@@ -49,15 +49,15 @@ def fill(
     "Reads, fits and writes `records`; the sums are over training tiles only."
     tiles = np.load(file, mmap_mode="r+")
     size, channels = tiles.shape[2:]
-    total, square, n, odd = np.zeros(channels, np.int64), np.zeros(channels, np.int64), 0, 0
+    total, square, n, odd = np.zeros(size*channels, np.int64), np.zeros(size*channels, np.int64), 0, 0
     for i,r in enumerate(records, start):
         raw = r.read()
         tiles[i] = t = fit(raw, size, crop, r.path, channels)
         odd += raw.shape[0] != raw.shape[1]
         if r.split == "train":
-            t = t.reshape(-1,channels).astype(np.int64); n += 1
-            total += t.sum(0); square += (t*t).sum(0)
-    return total, square, n, odd
+            t = t.reshape(size,-1).astype(np.int32); n += 1 # whole rows: numpy is slow along an axis of three
+            total += t.sum(0, dtype=np.int64); square += (t*t).sum(0, dtype=np.int64)
+    return *(s.reshape(size, channels).sum(0) for s in (total, square)), n, odd
 
 # %% ../../nbs/data/store.ipynb #c009
 def run_all(
@@ -306,6 +306,14 @@ def to(self:TileStore,
     return new
 
 # %% ../../nbs/data/store.ipynb #c046
+def send(
+    x:Tensor,           # on the CPU
+    device:torch.device
+)->Tensor:
+    "A tensor on a device; from pinned memory, so that nobody waits for the copy."
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+# %% ../../nbs/data/store.ipynb #c047
 @patch
 def batch(self:TileStore,
     idx        # (B,) rows: array, list or tensor
@@ -313,9 +321,9 @@ def batch(self:TileStore,
     "Tiles of rows, in their order."
     if self.resident is not None: return self.resident[torch.as_tensor(idx, device=self.device)]
     idx = idx.cpu().numpy() if isinstance(idx, Tensor) else np.asarray(idx)
-    return torch.from_numpy(self.tiles[idx]).to(self.device, non_blocking=True).permute(0,3,1,2).contiguous()
+    return send(torch.from_numpy(self.tiles[idx]), self.device).permute(0,3,1,2).contiguous()
 
-# %% ../../nbs/data/store.ipynb #c049
+# %% ../../nbs/data/store.ipynb #c050
 def montage(
     store:TileStore, split:str,
     n:int, rng:np.random.Generator
@@ -328,7 +336,7 @@ def montage(
         for j,i in enumerate(rng.permutation(rows)[:n]): out[c,:,j] = store.tiles[i]
     return out.reshape(len(store.classes)*size, n*size, 3)
 
-# %% ../../nbs/data/store.ipynb #c050
+# %% ../../nbs/data/store.ipynb #c051
 def contact_sheet(
     store:TileStore,
     n:int=8,         # training tiles a class; half as many test tiles

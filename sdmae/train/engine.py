@@ -18,7 +18,7 @@ from tqdm import tqdm
 from timm.optim import Lars, param_groups_weight_decay
 from ..params import OptimParams
 from ..views.draws import place
-from .batches import Batches
+from .batches import Batches, ahead
 from .checkpoint import save_checkpoint, load_checkpoint
 
 # %% ../../nbs/train/engine.ipynb #c005
@@ -167,8 +167,8 @@ def train_epoch(self:Trainer, epoch:int, bar):
     "The rest of one epoch, from the step where the run stands."
     self.model.train()
     start, first = time.perf_counter(), self.step % len(self.batches)
-    for i in range(first, len(self.batches)):
-        lr = self.train_step(self.batches.batch(epoch, i))
+    for i, batch in enumerate(ahead(self.batches, epoch, first), first):
+        lr = self.train_step(batch)
         bar.update(self.batches.batch_size)
         last = i == len(self.batches) - 1
         if not last: self.maybe_checkpoint()

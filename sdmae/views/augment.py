@@ -15,7 +15,7 @@ from timm.data.auto_augment import rand_augment_transform
 from ..params import ViewParams
 from .draws import draw_rows, place
 from .geometry import crop_resize, random_boxes, flip_where, turn, rotate_zoom
-from .colour import od_jitter, color_jitter, shift, erase
+from .colour import od_jitter, color_jitter, shift, blur, solarize, erase
 
 # %% ../../nbs/views/augment.ipynb #c005
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -93,6 +93,8 @@ class Views(nn.Module):
         if p.rand_augment: x = rand_augment(x, p.rand_augment)
         elif p.color_jitter: x = color_jitter(x, p.color_jitter)
         if p.intensity: x = shift(x, p.intensity)
+        if p.blur: x = blur(x, p.blur, p.blur_sigma)
+        if p.solarize: x = solarize(x, p.solarize)
         if p.erasing: x = erase(rgb(x), p.erasing, channels(MEAN, x), channels(STD, x))
         return x
 
