@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from .params import Params, load_params, project_root
 from .data.store import TileStore
+from .data.shards import ShardBatches, Shards
 from .views.augment import MEAN, STD
 from .views.draws import place
 from .models.vit import save_encoder
@@ -37,7 +38,8 @@ def run_config(
     section = P.method.section(method)
     return dict(method=method, of=P.method.of(method), changes=P.method.changes(method), seed=seed, image_size=P.image_size(method), model=P.model.model_dump(), mean=MEAN, std=STD,
                 form=dict(class_token=section.class_token, pos_embed=section.pos_embed), section=section.model_dump(),
-                pretrain=P.pretrain.model_dump(exclude={"checkpoint_minutes", "num_processes"}), data=store.manifest["name"], tiles=store.manifest["sha256"], device=device.type, precision=str(precision or torch.float32))
+                pretrain=P.pretrain.model_dump(exclude={"checkpoint_minutes", "num_processes"}), data=store.manifest["name"], tiles=store.manifest["sha256"], device=device.type, precision=str(precision or torch.float32),
+                shards=Shards(project_root()/P.pretrain.shards).sha256 if P.pretrain.shards else None)
 
 # %% ../nbs/pretrain.ipynb #c007
 def looker(
@@ -74,7 +76,9 @@ def make_trainer(
 )->Trainer:
     "The engine with what a pre-training needs; its checkpoint is found by `config`."
     p = P.pretrain
-    return Trainer(model, Batches(store, store.indices("train"), p.batch_size, seed), P.method.section(method).optim, p.epochs, device, precision, p.accumulate,
+    if p.shards: batches = ShardBatches(Shards(project_root()/p.shards), store.image_size, p.batch_size, seed, device, *place())
+    else: batches = Batches(store, store.indices("train"), p.batch_size, seed)
+    return Trainer(model, batches, P.method.section(method).optim, p.epochs, device, precision, p.accumulate,
                    callbacks=(pictures, Watch(p.watch_every, looker(store, device, precision)), LiveLog(live)),
                    checkpoint=project_root()/"checkpoints"/f"{method}-{seed}-{fingerprint(config)}.pt", checkpoint_minutes=p.checkpoint_minutes,
                    desc=f"pre-training {method}, seed {seed}")
@@ -150,7 +154,7 @@ def first_error(
     message = json.loads(path.read_text())["message"]
     return message["message"] if isinstance(message, dict) else message
 
-# %% ../nbs/pretrain.ipynb #c024
+# %% ../nbs/pretrain.ipynb #c026
 def arguments():
     "The command line's grammar: the arguments of `pretrain`."
     parser = argparse.ArgumentParser(prog="python -m sdmae.pretrain", description="Pre-train one method; under torchrun, in many processes.")
@@ -162,12 +166,12 @@ def arguments():
     parser.add_argument("--out", help="folder; runs/METHOD-SEED or lesions/runs/METHOD-SEED by default")
     return parser
 
-# %% ../nbs/pretrain.ipynb #c026
+# %% ../nbs/pretrain.ipynb #c028
 def end_with_torchrun():
     "On Linux the kernel ends this process when the torchrun that started it is killed."
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGTERM) # PR_SET_PDEATHSIG
 
-# %% ../nbs/pretrain.ipynb #c027
+# %% ../nbs/pretrain.ipynb #c029
 @record # an error is written down for torchrun
 def main(
     argv:list[str]=None # by default the command line
