@@ -52,11 +52,11 @@ def test_count_of_a_block(heads):
 
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_learns(name):
-    "Its loss falls on one batch, and its work is that of the method it stands against, within a quarter."
+    "Its loss falls on one batch, and its work is that of the method it stands against, and not more than half as much again."
     if name == "lightly": pytest.importorskip("lightly")
     x = torch.rand(4, 3, 32, 32)
     peer, own = contestant(name, SMALL), contestant(PEERS[name], SMALL)
-    assert 0.95 < count(peer, x) / count(own, x) < 1.25
+    assert 1 <= count(peer, x) / count(own, x) < 1.5
     optimizer, losses = torch.optim.AdamW([p for p in peer.parameters() if p.requires_grad], lr=1e-3), []
     for _ in range(15):
         loss = peer(x); loss.backward(); optimizer.step(); optimizer.zero_grad()

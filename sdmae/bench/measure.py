@@ -18,6 +18,7 @@ from functools import partial
 from ..params import DataParams, Params, compose, parse_params
 from ..data.records import Record, Source
 from ..data.store import TileStore, prepare
+from ..models.vit import compile_blocks
 from ..methods.registry import build_method
 from ..train.batches import Batches
 from ..train.engine import Trainer, autocast, make_optimizer
@@ -52,7 +53,9 @@ class Entry:
         self.name, self.configuration, self.device, self.seconds = name, configuration, device, []
         self.model, optim = contestant(name, params, device), params.method.mae.optim
         self.optimizer = make_optimizer([dict(params=[p for p in self.model.parameters() if p.requires_grad], weight_decay=optim.weight_decay)], optim, 1e-4)
-        self.run = torch.compile(self.model, dynamic=False) if configuration == "compiled" else self.model
+        self.run = self.model
+        if configuration == "compiled" and name in PEERS: self.run = torch.compile(self.model, dynamic=False)
+        elif configuration == "compiled": compile_blocks(self.model)
 
     def step(self, x:Tensor)->float: # (B, 3, S, S) → seconds
         wait(self.device); start = time.perf_counter()
@@ -174,10 +177,11 @@ def compare(
 )->list[dict]:            # a row each
     "Race contestants in each configuration."
     params = setting(name)
+    torch._dynamo.reset() # or compiled code of earlier comparisons counts towards its limit
     x = torch.rand(batch, 3, *[params.image_size("mae")]*2, device=device)
     entered = [enter(n, c, params, x) for c in configurations for n in contestants]
     speeds = iter(race([e for e, _ in entered if e], x, repeats, steps))
-    work = {n: count(e.model, x[:2]) for n, e in {row["contestant"]: e for e, row in entered if e}.items()}
+    work = {n: count(contestant(n, params, device), x[:2]) for n in {row["contestant"] for e, row in entered if e}}
     top = {c: ceiling(device, PRECISIONS[c] or torch.float32) for c in configurations}
     return [complete(dict(setting=name, batch=batch) | row, next(speeds) if e else {}, work, top) for e, row in entered]
 
