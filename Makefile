@@ -38,7 +38,7 @@ test: setup ## every notebook, every test, and that notebooks, library, README a
 
 bench: setup ## speed beside other libraries: a quarter of an hour, SIZE=full for a GPU
 	python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	dvc repro nbs/bench/dvc.yaml:speed@$(SIZE)
+	dvc repro nbs/bench/dvc.yaml:speed@$(SIZE) nbs/bench/dvc.yaml:growth@$(SIZE)
 
 lab: setup ## JupyterLab on nbs/
 	cd nbs && jupyter lab

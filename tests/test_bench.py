@@ -90,3 +90,10 @@ def test_the_notebook_runs(tmp_path):
         assert row["low"] <= row["images_per_s"] <= row["high"] and 0 < row["mfu"] < 1.5
     assert [r["method"] for r in result["together"]] == ["mae", "sdmae"] and all(r["share_of_step"] > 0 for r in result["together"])
     assert [r["times_shipped"].keys() for r in result["ahead"]] == [{"transformers"}, {"transcription"}]
+
+
+def test_the_notebook_of_growth_runs(tmp_path):
+    run(project_root()/"nbs"/"bench"/"growth.ipynb", tmp_path/"growth.ipynb", dict(metrics=str(tmp_path/"growth.json")))
+    result = json.loads((tmp_path/"growth.json").read_text())
+    assert {r["grows"] for r in result["steps"]} == {"images", "side", "model"} and all(r["seconds"] > 0 for r in result["steps"])
+    assert result["judging"][0].keys() == {"features", "knn", "linear", "bootstrap"}
