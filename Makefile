@@ -33,10 +33,10 @@ repro: setup ## fetch the bundled sample and run the pipeline
 	@echo && echo "The comparison: reports/comparison/index.html   (tables: dvc metrics show, curves: dvc plots show)"
 
 test: setup ## every notebook, every test, and that notebooks, library, README and params.yaml agree
-	nbdev_test --path nbs --skip_folder_re '^([_.]|pipeline)' --do_print
+	nbdev_test --path nbs --skip_folder_re '^([_.]|pipeline)' --skip_file_re '^([_.]|speed|growth)' --do_print
 	pytest
 
-bench: setup ## speed beside other libraries: a quarter of an hour, SIZE=full for a GPU
+bench: setup ## speed beside other libraries, and cost as work grows; SIZE=full for a GPU
 	python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	dvc repro nbs/bench/dvc.yaml:speed@$(SIZE) nbs/bench/dvc.yaml:growth@$(SIZE)
 
