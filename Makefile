@@ -1,9 +1,11 @@
 # Each target does its own set-up: a .venv in this folder, with the versions of constraints.txt.
 #   make repro                         fetch the bundled sample, run the whole pipeline
 #   make test                          every notebook, every test
+#   make bench                         speed beside other libraries (SIZE=full: for a GPU)
 #   make lab                           JupyterLab on nbs/
 #   make repro PYTHON=python3.12       another interpreter for the set-up
 PYTHON ?= python3
+SIZE   ?= quick
 VENV   := $(CURDIR)/.venv
 STAMP  := $(VENV)/.set-up
 export PATH := $(VENV)/bin:$(PATH)
@@ -11,7 +13,7 @@ export VIRTUAL_ENV := $(VENV)
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lab readme params clean
+.PHONY: help setup repro test bench lab readme params clean
 
 help: ## these lines
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -31,8 +33,12 @@ repro: setup ## fetch the bundled sample and run the pipeline
 	@echo && echo "The comparison: reports/comparison/index.html   (tables: dvc metrics show, curves: dvc plots show)"
 
 test: setup ## every notebook, every test, and that notebooks, library, README and params.yaml agree
-	nbdev_test --path nbs --skip_folder_re '^([_.]|pipeline)' --do_print
+	nbdev_test --path nbs --skip_folder_re '^([_.]|pipeline)' --skip_file_re '^([_.]|speed|growth)' --do_print
 	pytest
+
+bench: setup ## speed beside other libraries, and cost as work grows; SIZE=full for a GPU
+	python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	dvc repro nbs/bench/dvc.yaml:speed@$(SIZE) nbs/bench/dvc.yaml:growth@$(SIZE)
 
 lab: setup ## JupyterLab on nbs/
 	cd nbs && jupyter lab

@@ -427,3 +427,22 @@ def test_rotation_and_zoom_are_torchvisions(monkeypatch):
         assert torch.allclose(out[i], wanted.expand(3, -1, -1), atol=1e-4)
     Views(ViewParams(zoom=(1.2, 1.2)), 24)(images[:2])
     assert drawn[1][1].abs().max() == 0 and torch.allclose(drawn[1][2], torch.tensor(1.2)), "zoom alone does not turn"
+
+
+@pytest.mark.parametrize("name", ["mae", "miram"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_last_block_for_hidden_tokens_only(name, fused):
+    "Decoding all tokens and then picking gives the same loss and gradients, in float64."
+    torch.manual_seed(0)
+    shape, optim = DecoderParams(embed_dim=24, depth=2, num_heads=3), OptimParams(base_lr=1.)
+    kind, params = dict(mae=(MAE, MAEParams), miram=(MIRAM, MIRAMParams))[name]
+    with float64(): model = kind(params(decoder=shape, optim=optim), ModelParams(patch_size=8, embed_dim=32, depth=2, num_heads=2), 32)
+    for m in model.modules():
+        if isinstance(m, Attention): m.fused_attn = fused
+    x, ids, decode, found = torch.rand(3, 3, 32, 32, dtype=torch.float64), model.draw_mask(3, "cpu"), model.decoder.forward, []
+    for short in (True, False):
+        if not short: model.decoder.forward = lambda t, v, m, last=None: decode(t, v, m)[:, -last:]
+        loss = model.loss_on(x, *ids)["loss"]
+        model.zero_grad(); loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+    for a, b in zip(*found): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

@@ -19,6 +19,7 @@ from ..models.decoders import Decoder, split_tokens, pixel_target, denormalize, 
 class MaskedAutoencoder(nn.Module):
     "Encoder, decoder and pixel head; what MAE, SD-MAE and MIRAM share."
     projection_bias = True                  # of the map from encoder to decoder
+    reads_visible = True                    # whether the decoder's visible tokens are used
     def __init__(self,
         params:MaskedParams,                # the method's section
         model:ModelParams,
@@ -62,10 +63,10 @@ def forward_masked(self:MaskedAutoencoder,
     x:Tensor,       # (B, 3, H, W) in [0, 1]
     visible:Tensor, # (B, n)
     masked:Tensor   # (B, m)
-)->dict:            # encoded (B, prefix + n, D), decoded (B, prefix + n + m, dim), pred (B, m, p·p·3)
+)->dict:            # encoded (B, prefix + n, D), decoded (B, prefix + n + m, dim), without `reads_visible` (B, m, dim), pred (B, m, p·p·3)
     "Encode the visible tokens, decode all, predict the masked ones' pixels."
     encoded = self.encoder.tokens(normalize(x), visible)
-    decoded = self.decoder(encoded, visible, masked)
+    decoded = self.decoder(encoded, visible, masked, None if self.reads_visible else masked.shape[1])
     return dict(encoded=encoded, decoded=decoded, pred=self.pixels(decoded[:, -masked.shape[1]:]))
 
 # %% ../../nbs/methods/mae.ipynb #c008
@@ -94,6 +95,7 @@ def forward(self:MaskedAutoencoder,
 # %% ../../nbs/methods/mae.ipynb #c011
 class MAE(MaskedAutoencoder):
     "Masked autoencoder with class token and 2-D positions, as in facebookresearch/mae."
+    reads_visible = False
 
 # %% ../../nbs/methods/mae.ipynb #c014
 @patch

@@ -93,7 +93,7 @@ def forward_scales(self:MIRAM,
     both = torch.cat([visible, masked], 1)
     ids = {s: finer(both if which == "all" else masked, self.grid, s) for s, which in zip(self.params.scales, patches or self.params.patches)}
     encoded = self.encoder.tokens(normalize(x), visible)
-    out = {1: (ids[1], self.pixels(self.decoder(encoded, visible, masked)[:, -ids[1].shape[1]:]))}
+    out = {1: (ids[1], self.pixels(self.decoder(encoded, visible, masked, ids[1].shape[1])))}
     if not self.further: return out
     tokens, p = self.decoder.embed(encoded), self.encoder.num_prefix_tokens
     hidden = self.decoder.mask_token.to(tokens.dtype).expand(*masked.shape, -1)

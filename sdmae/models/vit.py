@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sincos1d', 'sincos2d', 'position_table', 'patchify', 'take', 'Encoder', 'xavier_init', 'suit_attention',
-           'attention_maps', 'build_encoder', 'save_encoder', 'load_encoder', 'load_weights']
+           'compile_blocks', 'attention_maps', 'build_encoder', 'save_encoder', 'load_encoder', 'load_weights']
 
 # %% ../../nbs/models/vit.ipynb #c002
 import json, math
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from timm.layers import Attention
 from fastcore.basics import patch
 from safetensors.torch import save_file, load_file
@@ -147,6 +147,13 @@ def suit_attention(
     return model
 
 # %% ../../nbs/models/vit.ipynb #c029
+def compile_blocks(model:nn.Module)->nn.Module:
+    "Every transformer block compiled, in place, for the shapes it meets."
+    for m in model.modules():
+        if isinstance(m, Block): m.compile(dynamic=False)
+    return model
+
+# %% ../../nbs/models/vit.ipynb #c031
 @torch.no_grad()
 def attention_maps(
     encoder:Encoder,
@@ -163,7 +170,7 @@ def attention_maps(
     maps = (weights[:, 0] if n else weights.mean(1))[:, n:]
     return (maps / maps.sum(1, keepdim=True)).unflatten(1, encoder.patch_embed.grid_size)
 
-# %% ../../nbs/models/vit.ipynb #c032
+# %% ../../nbs/models/vit.ipynb #c034
 def build_encoder(
     image_size:int,   # px
     model:ModelParams,
@@ -174,7 +181,7 @@ def build_encoder(
     return Encoder(image_size, model.patch_size, model.embed_dim, model.depth, model.num_heads, model.mlp_ratio,
                    class_token=form.class_token, pos_embed=form.pos_embed, **kwargs)
 
-# %% ../../nbs/models/vit.ipynb #c033
+# %% ../../nbs/models/vit.ipynb #c035
 def save_encoder(
     folder:str|Path, # made where missing
     encoder:Encoder,
@@ -187,7 +194,7 @@ def save_encoder(
     config = config | dict(final_norm=isinstance(encoder.norm, nn.LayerNorm))
     (folder/"config.json").write_text(json.dumps(config, indent=1))
 
-# %% ../../nbs/models/vit.ipynb #c034
+# %% ../../nbs/models/vit.ipynb #c036
 def load_encoder(
     folder:str|Path,  # as written by `save_encoder`
     device="cpu",
@@ -203,7 +210,7 @@ def load_encoder(
     load_weights(encoder, load_file(folder/"encoder.safetensors"), where=folder/"encoder.safetensors")
     return suit_attention(encoder, device).to(device), config
 
-# %% ../../nbs/models/vit.ipynb #c035
+# %% ../../nbs/models/vit.ipynb #c037
 def load_weights(
     encoder:Encoder,
     state:dict,         # name → tensor, timm's names
