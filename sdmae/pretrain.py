@@ -20,7 +20,7 @@ from .data.store import TileStore
 from .data.shards import ShardBatches, Shards
 from .views.augment import MEAN, STD
 from .views.draws import place
-from .models.vit import save_encoder
+from .models.vit import compile_blocks, save_encoder
 from .methods.registry import build_method
 from .train.batches import Batches
 from .train.engine import Trainer, pick_device, pick_precision
@@ -38,7 +38,7 @@ def run_config(
     section = P.method.section(method)
     return dict(method=method, of=P.method.of(method), changes=P.method.changes(method), seed=seed, image_size=P.image_size(method), model=P.model.model_dump(), mean=MEAN, std=STD,
                 form=dict(class_token=section.class_token, pos_embed=section.pos_embed), section=section.model_dump(),
-                pretrain=P.pretrain.model_dump(exclude={"checkpoint_minutes", "num_processes"}), data=store.manifest["name"], tiles=store.manifest["sha256"], device=device.type, precision=str(precision or torch.float32),
+                pretrain=P.pretrain.model_dump(exclude={"checkpoint_minutes", "num_processes", "compile"}), data=store.manifest["name"], tiles=store.manifest["sha256"], device=device.type, precision=str(precision or torch.float32),
                 shards=Shards(project_root()/P.pretrain.shards).sha256 if P.pretrain.shards else None)
 
 # %% ../nbs/pretrain.ipynb #c007
@@ -117,6 +117,7 @@ def pretrain(
         if hasattr(model, "source"): config |= model.normalization | dict(imported=model.source) # weights from elsewhere bring their own mean and std
         fixed = np.random.default_rng(0).permutation(store.indices("valid"))[:8]
         pictures = Reconstructions(P.pretrain.watch_every, store.batch(fixed))
+        if P.pretrain.compile: compile_blocks(model)
         torch.manual_seed(seed)
         trained = hasattr(P.method.section(method), "optim")
         history = make_trainer(P, method, seed, model, store, config, device, precision, pictures, root/out/"live").fit() if trained else []

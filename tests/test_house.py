@@ -10,7 +10,7 @@ import yaml
 
 from sdmae.notebooks import (check_parameters, defaults, html, imported, imports_of, loaded, main, read_notebook, readme,
                              rebase, run, source, strip, strip_all, write_notebook, NotebookFailed)
-from sdmae.params import PretrainParams, compose
+from sdmae.params import compose
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -301,10 +301,3 @@ def test_an_old_python_is_refused(tmp_path):
     old.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo 'Python 2.7.18' && exit 0\nexit 1\n"); old.chmod(0o755)
     r = subprocess.run(["make", "test", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True)
     assert r.returncode and "needs Python 3.11 or newer" in r.stderr and "Python 2.7.18" in r.stderr and not (tmp_path/".venv").exists()
-
-
-@pytest.mark.parametrize("stage, section", [("pretrain", "pretrain"), ("lesions_pretrain", "lesions.pretrain")])
-def test_a_stage_depends_on_what_shapes_its_run(stage, section):
-    "All of the section but what leaves the result as it is."
-    listed = {p.rpartition(".")[2] for p in STAGES[stage]["params"] if p.startswith(section + ".")}
-    assert listed == set(PretrainParams.model_fields) - {"checkpoint_minutes", "num_processes"}

@@ -1,5 +1,5 @@
 "MAE, SD-MAE and MIRAM against independent implementations."
-import json, math
+import copy, json, math
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
@@ -13,7 +13,7 @@ from sdmae.methods.mae import MAE
 from sdmae.methods.miram import MIRAM, Nystrom, finer, in_order
 from sdmae.methods.sdmae import SDMAE
 from sdmae.models.decoders import pixel_target, split_tokens
-from sdmae.models.vit import build_encoder, sincos1d, sincos2d
+from sdmae.models.vit import build_encoder, compile_blocks, sincos1d, sincos2d
 from sdmae.models.weights import our_mae_name
 from sdmae.reference import compare, float64, main
 from sdmae.views import augment
@@ -446,3 +446,15 @@ def test_the_last_block_for_hidden_tokens_only(name, fused):
         model.zero_grad(); loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
     for a, b in zip(*found): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_gradients_of_plain_ones():
+    "float32; what is compiled keeps its names."
+    plain = MAE(MAEParams(decoder=DECODER, optim=OPTIM, views=ViewParams(scale=(1, 1), ratio=(1, 1))), SHAPE, 32)
+    fast = compile_blocks(copy.deepcopy(plain))
+    x, ids = torch.rand(2, 3, 32, 32), torch.arange(16).expand(2, 16)
+    for model in (plain, fast): model.loss_on(x, ids[:, :8], ids[:, 8:])["loss"].backward()
+    assert plain.state_dict().keys() == fast.state_dict().keys()
+    for (name, p), q in zip(plain.named_parameters(), fast.parameters()):
+        if p.requires_grad: torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
