@@ -96,4 +96,5 @@ def test_the_notebook_of_growth_runs(tmp_path):
     run(project_root()/"nbs"/"bench"/"growth.ipynb", tmp_path/"growth.ipynb", dict(metrics=str(tmp_path/"growth.json")))
     result = json.loads((tmp_path/"growth.json").read_text())
     assert {r["grows"] for r in result["steps"]} == {"images", "side", "model"} and all(r["seconds"] > 0 for r in result["steps"])
+    assert result["processes"] == []
     assert result["judging"][0].keys() == {"features", "knn", "linear", "bootstrap"}

@@ -132,10 +132,10 @@ def random_store(
     n:int,        # tiles
     size:int      # px
 )->TileStore:
-    "A prepared store of random tiles, all for training but one for each other split."
-    split = lambda i: {0: "valid", 1: "test"}.get(i, "train")
-    records = [Record(f"{i}.png", "a", split(i), "", "", partial(random_tile, i, size)) for i in range(n)]
-    return prepare(Source("random tiles", records, ["a"], True, []), folder, DataParams(name="random tiles", adapter="folder", path="", image_size=size), workers=1)
+    "A prepared store of random tiles, of two classes, all for training but two for each other split."
+    split = lambda i: {0: "valid", 1: "test"}.get(i//2, "train")
+    records = [Record(f"{i}.png", "ab"[i%2], split(i), "", "", partial(random_tile, i, size)) for i in range(n)]
+    return prepare(Source("random tiles", records, ["a", "b"], True, []), folder, DataParams(name="random tiles", adapter="folder", path="", image_size=size), workers=1)
 
 def random_tile(i:int, size:int)->np.ndarray: # (size, size, 3) uint8
     return np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8)
