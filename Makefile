@@ -38,7 +38,11 @@ test: setup ## every notebook, every test, and that notebooks, library, README a
 
 bench: setup ## speed beside other libraries, and cost as work grows; SIZE=full for a GPU
 	python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	dvc repro nbs/bench/dvc.yaml:speed@$(SIZE) nbs/bench/dvc.yaml:growth@$(SIZE)
+	for page in speed growth; do \
+	  python -m sdmae.notebooks run nbs/bench/$$page.ipynb reports/bench/$(SIZE)/$$page.ipynb -p size $(SIZE) -p metrics nbs/bench/results/$(SIZE)_$$page.json && \
+	  python -m sdmae.notebooks html reports/bench/$(SIZE)/$$page.ipynb reports/bench/$(SIZE)/$$page.html || exit 1; \
+	done
+	@echo && echo "The benchmark: reports/bench/$(SIZE)/speed.html and growth.html   (numbers: nbs/bench/results)"
 
 lab: setup ## JupyterLab on nbs/
 	cd nbs && jupyter lab
