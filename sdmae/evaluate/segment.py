@@ -167,6 +167,7 @@ def mirrored(
 # %% ../../nbs/evaluate/segment.ipynb #c026
 class Windows:
     "Random windows of annotated images, `batch(epoch, i)` as the `Trainer` asks for them."
+    resident = True     # cut from images on the device
     def __init__(self,
         images:list,    # (3, H, W) uint8 each
         masks:list,     # (H, W) 0 or 1
