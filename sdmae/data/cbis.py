@@ -110,7 +110,7 @@ def all_tasks(
 )->dict[str,Task]:
     "The tasks that have an answer anywhere; shapes and types of calcification as the CSVs spell them."
     fixed = dict(pathology=Task(pathologies(findings), False), malignancy=Task(["BENIGN","MALIGNANT"], False), margins=Task(MARGINS, True),
-                 density=Task([*DENSITY], False), dense=Task(["NOT_DENSE","DENSE"], False))
+                 density=Task([*DENSITY], False), dense=Task([*dict.fromkeys(DENSITY.values())], False))
     found = {t: sorted({w for each in labels for w in each.get(t, "").split("|")} - {""}) for t in ("pathology", "malignancy", "margins", "shape", "calc_type", "density", "dense")}
     return {t: fixed.get(t) or Task(classes, True) for t,classes in found.items() if classes}
 
