@@ -77,7 +77,7 @@ def make_trainer(
     "The engine with what a pre-training needs; its checkpoint is found by `config`."
     p = P.pretrain
     if p.shards: batches = ShardBatches(Shards(project_root()/p.shards), store.image_size, p.batch_size, seed, device, *place())
-    else: batches = Batches(store, store.indices("train"), p.batch_size, seed)
+    else: batches = Batches(store, store.indices("train"), p.batch_size, seed, accumulate=p.accumulate)
     return Trainer(model, batches, P.method.section(method).optim, p.epochs, device, precision, p.accumulate,
                    callbacks=(pictures, Watch(p.watch_every, looker(store, device, precision)), LiveLog(live)),
                    checkpoint=project_root()/"checkpoints"/f"{method}-{seed}-{fingerprint(config)}.pt", checkpoint_minutes=p.checkpoint_minutes,

@@ -88,7 +88,7 @@ def test_the_notebook_runs(tmp_path):
         assert row.keys() == {"setting", "contestant", "configuration", "against", "batch", "images_per_s", "low", "high", "mfu", "flops", "ceiling",
                               "compile_seconds", "memory_bytes", "why"}
         assert row["low"] <= row["images_per_s"] <= row["high"] and 0 < row["mfu"] < 1.5
-    assert [r["method"] for r in result["together"]] == ["mae", "sdmae"] and all(r["share_of_step"] > 0 for r in result["together"])
+    assert [r["method"] for r in result["together"]] == ["mae", "sdmae"] and all(r["share"] > 0 for r in result["together"])
     assert [r["times_shipped"].keys() for r in result["ahead"]] == [{"transformers"}, {"transcription"}]
 
 

@@ -39,11 +39,11 @@ class Recorded(Trainer):
         return super().train_step(batch)
 
 
-def run(name, stop=None, **kwargs):
+def run(name, stop=None, accumulate=1, **kwargs):
     "Fifty steps in batches of eight: the state of the method, each step's loss."
     model = build_method(name, PARAMS, seed=0)
     torch.manual_seed(0)
-    t = Recorded(model, Batches(Tiles(), np.arange(40), 8), PARAMS.method.section(name).optim, 10, CPU, **kwargs)
+    t = Recorded(model, Batches(Tiles(), np.arange(40), 8, accumulate=accumulate), PARAMS.method.section(name).optim, 10, CPU, accumulate=accumulate, **kwargs)
     t.stop = stop
     t.fit()
     return dict(state=model.state_dict(), losses=t.losses)
@@ -93,7 +93,7 @@ def program(out):
     dist.barrier()
     if dist.get_rank() == 0: shutil.copy(out/"last.pt", out/"interrupted.pt")
     seen["resumed"], seen["left"] = run("sdmae", checkpoint=out/"last.pt"), (out/"last.pt").exists()
-    seen["toy"] = toy(accumulate=2)
+    seen["toy"], seen["parts"] = toy(accumulate=2), run("sdmae", accumulate=2)
     b = Batches(Tiles(), np.arange(40), 8)
     seen["rows"] = both([b.rows(3, i).tolist() for i in range(len(b))])
     counts = Count()
@@ -102,7 +102,7 @@ def program(out):
     t = Trainer(Toy(), b, OptimParams(base_lr=1.), 1, CPU, checkpoint=out/"none.pt")
     t.step = dist.get_rank()
     broken = Trainer(Broken(), b, OptimParams(base_lr=1.), 2, CPU)
-    seen["errors"] = both([told(lambda: Batches(Tiles(), np.arange(40), 9)), told(t.fit), told(broken.fit), told(lambda: augment.rand_augment(Tiles.images/255, "rand-m9"))])
+    seen["errors"] = both([told(lambda: Batches(Tiles(), np.arange(40), 9)), told(lambda: Batches(Tiles(), np.arange(40), 8, accumulate=8)), told(t.fit), told(broken.fit), told(lambda: augment.rand_augment(Tiles.images/255, "rand-m9"))])
     if dist.get_rank() == 0: torch.save(seen, out/"seen.pt")
 
 
@@ -152,6 +152,12 @@ def test_accumulating_in_two_processes_is_the_step_of_one(two):
     for k, v in toy().items(): assert torch.allclose(v, two["toy"][k], atol=1e-6), k
 
 
+def test_every_part_of_a_batch_is_that_of_one(two):
+    "Batches worked off in two parts, with real views and masks: each step's loss."
+    alone = run("sdmae", accumulate=2)
+    assert np.abs(np.subtract(alone["losses"], two["parts"]["losses"])).max() <= 1e-5
+
+
 def test_every_row_once_an_epoch(two):
     a, b = two["rows"]
     whole = Batches(Tiles(), np.arange(40), 8)
@@ -176,8 +182,9 @@ def test_only_the_first_process_watches(two):
 
 
 def test_what_processes_refuse(two):
-    for batches, steps, loss, policy in two["errors"]:
+    for batches, parts, steps, loss, policy in two["errors"]:
         assert batches == "ValueError: pretrain.batch_size 9 is not divisible by 2 processes: change one of them"
+        assert parts == "ValueError: pretrain.batch_size 8 is not divisible by 2 processes times pretrain.accumulate 8: change one of them"
         assert "would go on from steps [0, 1]" in steps and "none.pt must lie on a disk that all machines share" in steps
         assert loss.startswith("FloatingPointError") and "the loss is nan in epoch 1" in loss
         assert "set pretrain.num_processes to 1" in policy

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RELEASED', 'SETTINGS', 'PRECISIONS', 'setting', 'wait', 'Entry', 'enter', 'race', 'spread', 'ceiling', 'count',
-           'random_store', 'random_tile', 'data_path', 'end_to_end', 'compare', 'complete', 'machine', 'ahead']
+           'random_store', 'random_tile', 'data_path', 'Beside', 'end_to_end', 'compare', 'complete', 'machine',
+           'ahead']
 
 # %% ../../nbs/bench/measure.ipynb #c002
 import platform, time
@@ -21,7 +22,7 @@ from ..data.store import TileStore, prepare
 from ..models.vit import compile_blocks
 from ..methods.registry import build_method
 from ..train.batches import Batches
-from ..train.engine import Trainer, autocast, make_optimizer
+from ..train.engine import Callback, Trainer, autocast, make_optimizer
 from .peers import PEERS, contestant
 
 # %% ../../nbs/bench/measure.ipynb #c005
@@ -89,9 +90,10 @@ def race(
     repeats:int,      # turns
     steps:int=1       # a turn
 )->list[dict]:        # median images a second, and quartiles
-    "Let all take turns."
+    "Let all take turns, in an order drawn anew."
+    rng = np.random.default_rng(0)
     for _ in range(repeats):
-        for e in entries: e.seconds.append(sum(e.step(x) for _ in range(steps))/steps)
+        for e in (entries[i] for i in rng.permutation(len(entries))): e.seconds.append(sum(e.step(x) for _ in range(steps))/steps)
     return [spread([len(x)/s for s in e.seconds]) for e in entries]
 
 def spread(values:list)->dict:
@@ -155,17 +157,26 @@ def data_path(
         wait(store.device); seconds.append(time.perf_counter() - start)
     return spread([batches.batch_size/s for s in seconds[1:]])
 
+class Beside(Callback):
+    "After each epoch, as many bare model steps as it had: images a second, and the epoch's share of them."
+    def __init__(self, entry:Entry, x:Tensor): self.entry, self.x = entry, x # (B, 3, S, S) in [0, 1]
+    def after_epoch(self, trainer):
+        n = len(trainer.batches)
+        step = n*len(self.x)/sum(self.entry.step(self.x) for _ in range(n))
+        return dict(step=step, share=trainer.history[-1]["images_per_s"]/step)
+
 def end_to_end(
     name:str, params:Params,
-    store:TileStore,   # on its device
+    store:TileStore,    # on its device
     batch:int, epochs:int,
-    precision:torch.dtype|None=None
-)->dict:
-    "Images a second of the Trainer from a prepared store."
-    model, optim = build_method(name, params, device=store.device), params.method.section(name).optim
+    configuration:str   # "float32" or "bfloat16"
+)->dict:                # medians of end_to_end and step, images a second, and of share
+    "The Trainer on a prepared store, beside the bare model step."
+    model, optim, size = build_method(name, params, device=store.device), params.method.section(name).optim, params.image_size(name)
     batches = Batches(store, store.indices("train"), batch)
-    history = Trainer(model, batches, optim, epochs + 1, store.device, precision, desc=f"{name}, end to end").fit()
-    return spread([row["images_per_s"] for row in history[1:]])
+    beside = Beside(Entry(name, configuration, params, store.device), torch.rand(batches.batch_size, 3, size, size, device=store.device))
+    rows = Trainer(model, batches, optim, epochs + 1, store.device, PRECISIONS[configuration], callbacks=(beside,), desc=f"{name}, end to end").fit()[1:]
+    return {k: spread([r[key] for r in rows])["images_per_s"] for k, key in dict(end_to_end="images_per_s", step="step", share="share").items()}
 
 # %% ../../nbs/bench/measure.ipynb #c022
 def compare(

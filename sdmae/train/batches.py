@@ -23,21 +23,23 @@ class Batches:
         idx:np.ndarray,     # rows
         batch_size:int,     # of all processes together
         seed:int=0,
-        targets:str|None=None # a task of the store: batches are (images, targets) instead of (images,)
+        targets:str|None=None, # a task of the store: batches are (images, targets) instead of (images,)
+        accumulate:int=1    # parts that a batch is worked off in
     ):
         self.store, self.idx, self.seed, self.task = store, np.asarray(idx), seed, targets
         self.batch_size, self.order = min(batch_size, len(self.idx)), None
         if not len(self.idx): raise ValueError("no tiles to train on: the split is empty")
-        if self.batch_size % place()[1]: raise ValueError(f"pretrain.batch_size {self.batch_size} is not divisible by {place()[1]} processes: change one of them")
+        self.parts, world = accumulate, place()[1]
+        if world > 1 and self.batch_size % (world*self.parts):
+            raise ValueError(f"pretrain.batch_size {self.batch_size} is not divisible by {world} processes" + f" times pretrain.accumulate {self.parts}"*(self.parts > 1) + ": change one of them")
 
     def __len__(self): return len(self.idx) // self.batch_size
 
     def rows(self, epoch:int, i:int)->np.ndarray: # this process's part of batch i
         "The rows of one batch."
         if self.order is None or self.order[0] != epoch: self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.idx)
-        rank, world = place()
-        part = self.batch_size//world
-        return self.order[1][i*self.batch_size + rank*part:][:part]
+        whole, (rank, world) = self.order[1][i*self.batch_size:][:self.batch_size], place()
+        return whole.reshape(self.parts, world, -1)[:, rank].ravel() if world > 1 else whole
 
     def batch(self, epoch:int, i:int)->tuple:
         "One batch, on the store's device."
