@@ -41,7 +41,7 @@ def tissue(
     size = max(HEIGHT, WIDTH)
     clouds = sigmoid(1.2*smooth(rng, size, 14) + .5*smooth(rng, size, 5) + .6*density - 1.9)
     fibres = comb(rng, rng.uniform(0, np.pi) + .7*smooth(rng, size, 15), 5)
-    return (.22 + .38*clouds + .028*fibres + .012*smooth(rng, size, .7))[:HEIGHT,:WIDTH]
+    return (.2 + .34*clouds + .02*fibres + .008*smooth(rng, size, .7))[:HEIGHT,:WIDTH]
 
 # %% ../../nbs/data/lesions.ipynb #c007
 def breast(
@@ -70,9 +70,9 @@ def outline(
 def spicules(
     rng:Generator, r:np.ndarray, angle:np.ndarray, edge:np.ndarray # (H, W) distance, angle, radius of the outline
 )->np.ndarray:                                                     # (H, W) 0 … 1
-    "Some 35 rays, one unit wide, that leave the edge and fade."
-    n = rng.integers(32, 40)
-    at, length = (np.arange(n) + rng.uniform(-.3, .3, n))*2*np.pi/n, rng.uniform(5, 12, n)
+    "Some 20 rays, a unit wide, that leave the edge and fade."
+    n = rng.integers(18, 24)
+    at, length = (np.arange(n) + rng.uniform(-.3, .3, n))*2*np.pi/n, rng.uniform(8, 16, n)
     nearest = abs((np.arange(2048)[:,None]*2*np.pi/2048 - at + np.pi)%(2*np.pi) - np.pi).argmin(1)
     k = nearest[(angle%(2*np.pi)*2048/(2*np.pi)).astype(int)%2048]
     return np.exp(-(r*np.sin(angle - at[k])/.5)**2)*(np.cos(angle - at[k]) > 0)*sigmoid((r - edge + .8)/.3)*np.clip(1 - (r - edge)/length[k], 0, 1)
@@ -80,24 +80,24 @@ def spicules(
 def halo(
     r:np.ndarray, edge:np.ndarray   # (H, W)
 )->np.ndarray:                      # (H, W)
-    "The light of 35 rays, spread evenly."
-    return np.clip(35*.5*np.pi**.5/(2*np.pi*np.maximum(r, 1)), 0, 1)*sigmoid((r - edge + .8)/.3)*np.clip(1 - (r - edge)/8.5, 0, 1)
+    "The light of 21 rays, spread evenly."
+    return np.clip(21*.5*np.pi**.5/(2*np.pi*np.maximum(r, 1)), 0, 1)*sigmoid((r - edge + .8)/.3)*np.clip(1 - (r - edge)/12, 0, 1)
 
 # %% ../../nbs/data/lesions.ipynb #c012
 def lobules(
     rng:Generator, angle:np.ndarray, edge:np.ndarray # (H, W)
 )->np.ndarray: # (H, W) radius in units
-    "The outline with bulges of about three units."
-    n = round(2*np.pi*float(edge.mean())/rng.uniform(2.9, 3.4))
-    return edge + 2.2*(abs(np.sin(n*angle/2 + .8*np.sin(2*angle + rng.uniform(0, 2*np.pi)))) - 2/np.pi)
+    "The outline with bulges of less than four units."
+    n = round(2*np.pi*float(edge.mean())/rng.uniform(3.5, 4))
+    return edge + 2.6*(abs(np.sin(n*angle/2 + .8*np.sin(2*angle + rng.uniform(0, 2*np.pi)))) - 2/np.pi)
 
 # %% ../../nbs/data/lesions.ipynb #c013
 def hidden(
     rng:Generator, r:np.ndarray, angle:np.ndarray, edge:np.ndarray # (H, W)
 )->np.ndarray:                                                     # (H, W) 0 … 1
-    "A third of the edge and what is near it."
+    "Half of the edge and what is near it."
     turn = abs((angle - rng.uniform(-np.pi, np.pi) + np.pi)%(2*np.pi) - np.pi)
-    return sigmoid((rng.uniform(.9, 1.2) - turn)*8)*sigmoid((r - edge + 7)/1.5)*sigmoid((edge + 8 - r)/1.5)
+    return sigmoid((rng.uniform(1.4, 1.8) - turn)*8)*sigmoid((r - edge + 7)/1.5)*sigmoid((edge + 8 - r)/1.5)
 
 def strands(
     rng:Generator, shape:tuple[int,int]
@@ -116,10 +116,10 @@ def mass(
     veil, sharp = hidden(rng, r, angle, edge), sigmoid((edge - r)/.4)
     even, cloud = halo(r, edge)*rng.uniform(.6, 1.2), .35*veil*rng.uniform(.4, 1.2)
     looks = {"CIRCUMSCRIBED": lambda: sharp + even,
-             "ILL_DEFINED": lambda: sigmoid((edge - r + rng.normal(0, .3, r.shape))/1.5) + even,
+             "ILL_DEFINED": lambda: sigmoid((edge - r + rng.normal(0, .3, r.shape))/2) + even,
              "SPICULATED": lambda: sharp + 1.1*spicules(rng, r, angle, edge),
              "MICROLOBULATED": lambda: sigmoid((lobules(rng, angle, edge) - r)/.4) + even,
-             "OBSCURED": lambda: (1 - veil)*sharp + veil*(sigmoid((edge - r)/2) + .4*strands(rng, r.shape)) + even}
+             "OBSCURED": lambda: (1 - veil)*sharp + veil*(sigmoid((edge - r)/2) + .6*strands(rng, r.shape)) + even}
     sector = ((angle + rng.uniform(0, 2*np.pi))%(2*np.pi)/(2*np.pi)*len(margins)).astype(int)%len(margins)
     return cloud + np.select([sector == i for i in range(len(margins))], [looks[m]() for m in margins])
 
@@ -183,10 +183,10 @@ def make_mammogram(
     centre = rng.uniform(margin, HEIGHT - margin), rng.uniform(margin, WIDTH - margin)
     r, angle = polar(centre, side/64)
     light = mass(rng, r, angle, kinds, shape) if finding == "mass" else 1.3*cluster(rng, r, angle, kinds[0])
-    image = tissue(rng, density)*rng.uniform(.7, 1.1) + rng.uniform(.2, .36)*light
-    image = gaussian_filter(image*breast(rng, left), .35) + rng.normal(0, .008, image.shape)
+    image = tissue(rng, density)*rng.uniform(.7, 1.1) + rng.uniform(.22, .42)*light
+    image = gaussian_filter(image*breast(rng, left), .35) + rng.normal(0, .005, image.shape)
     mask = r < 32*(1 - .06*(1 + np.cos(2*angle + rng.uniform(0, 2*np.pi)))*rng.random())
-    return (np.clip(image, 0, 1)**rng.uniform(.85, 1.2)*255).astype(np.uint8), mask
+    return (np.clip(image, 0, 1)**rng.uniform(.75, 1.35)*255).astype(np.uint8), mask
 
 # %% ../../nbs/data/lesions.ipynb #c026
 RISK = {"ILL_DEFINED":.75, "CIRCUMSCRIBED":.1, "SPICULATED":.93, "MICROLOBULATED":.55, "OBSCURED":.3, **CALCIFICATIONS} # share that is malignant
