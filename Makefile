@@ -1,6 +1,6 @@
 # Each target does its own set-up: a .venv in this folder, with the versions of constraints.txt.
 #   make repro                         fetch the bundled sample, run the whole pipeline
-#   make test                          every notebook, every test
+#   make test                          the library's notebooks, and the tests
 #   make bench                         speed beside other libraries (SIZE=full: for a GPU)
 #   make lab                           JupyterLab on nbs/
 #   make repro PYTHON=python3.12       another interpreter for the set-up
@@ -30,9 +30,9 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 repro: setup ## fetch the bundled sample and run the pipeline
 	dvc pull data.dvc
 	dvc repro
-	@echo && echo "The comparison: reports/comparison/index.html   (tables: dvc metrics show, curves: dvc plots show)"
+	@echo && echo "The comparisons: reports/comparison/index.html, reports/lesions/index.html   (tables: dvc metrics show metrics/summary, curves: dvc plots show)"
 
-test: setup ## every notebook, every test, and that notebooks, library, README and params.yaml agree
+test: setup ## the library's notebooks and the tests: also that notebooks, library, README and params.yaml agree
 	nbdev_test --path nbs --skip_folder_re '^([_.]|pipeline)' --skip_file_re '^([_.]|speed|growth)' --do_print
 	pytest
 
@@ -54,5 +54,5 @@ params: setup ## params.yaml from conf/, after an edit there
 	python -c 'import yaml; from sdmae.params import compose; print(yaml.safe_dump(compose(), sort_keys=False), end="")' > params.new
 	mv params.new params.yaml
 
-clean: ## stripped notebooks and pages; runs and data stay, DVC keeps them
+clean: ## stripped notebooks and caches; runs, reports and data stay
 	rm -rf build _proc _docs dvc_plots .pytest_cache

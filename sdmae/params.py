@@ -288,7 +288,7 @@ class PretrainParams(Section):
     checkpoint_minutes:float = Field(2., ge=0)          # at least so long between two checkpoints
     shards:str|None = Field(None, min_length=1)         # folder of tars with index.json, from which the images come instead of the training split
     num_processes:Annotated[int, Field(ge=1)]|Literal["auto"] = 1 # that share each batch; "auto": one for each GPU
-    compile:bool = False                                                 # the transformer's blocks, by torch.compile: minutes at the start, then faster steps
+    compile:bool = False                                                 # the transformer's blocks, by torch.compile
 
     @model_validator(mode="after")
     def _parts(self):

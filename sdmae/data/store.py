@@ -281,7 +281,7 @@ def check_labels(self:TileStore,
     "Raises `ValueError` where training tiles do not suffice."
     for n in labels:
         try: self.subset("train", None if n == "all" else n, 0, task)
-        except ValueError as e: raise ValueError(f"{where} lists {n}. {e}") from None
+        except ValueError as e: raise ValueError(f"{where} lists {n}. {e} Ask for fewer, as in -S '{where}=[all]', or add tiles.") from None
 
 # %% ../../nbs/data/store.ipynb #c044
 def free_bytes(

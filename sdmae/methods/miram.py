@@ -15,7 +15,7 @@ from ..params import MIRAMParams, ModelParams, NystromParams
 from ..views.augment import Views, normalize, to_unit, whole
 from ..models.vit import position_table, take, xavier_init
 from ..models.decoders import layer_norm, light_blocks, paste, structure_r2
-from .mae import MAE, MaskedAutoencoder, widen
+from .mae import MAE, MaskedAutoencoder, uncoloured, widen
 
 # %% ../../nbs/methods/miram.ipynb #c006
 def finer(
@@ -154,6 +154,6 @@ def reconstruct(self:MIRAM,
     ids = self.draw_mask(len(x), x.device, torch.Generator(x.device).manual_seed(seed))
     for s, (counted, pred) in list(self.forward_scales(x, *ids).items())[1:]:
         original = self.image_at(s, x, fine)
-        shown = self.shown(pred.float(), original, counted)
+        shown = uncoloured(self.shown(pred.float(), original, counted), images)
         pictures |= {f"original_{s}": original, f"reconstruction_{s}": paste(original, counted, shown, self.patch_size).clamp(0, 1)}
     return pictures
