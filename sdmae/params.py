@@ -6,9 +6,9 @@
 __all__ = ['Labels', 'project_root', 'Section', 'CBISParams', 'DataParams', 'ModelParams', 'ViewParams', 'OptimParams',
            'DecoderParams', 'EncoderForm', 'RandomParams', 'ImportedParams', 'MaskedParams', 'MAEParams',
            'NystromParams', 'MIRAMParams', 'HeadParams', 'SDMAEParams', 'merged', 'flat', 'MethodsParams',
-           'PretrainParams', 'ProbeParams', 'FinetuneParams', 'SegmentParams', 'ReportParams', 'Study', 'Params',
-           'check_patches', 'check_method', 'check_protocol', 'check_segment', 'explain', 'parse_params', 'load_params',
-           'compose', 'edited']
+           'PretrainParams', 'ProbeParams', 'FinetuneParams', 'SegmentParams', 'NaturalParams', 'ReportParams', 'Study',
+           'Params', 'check_patches', 'check_method', 'check_protocol', 'check_segment', 'explain', 'parse_params',
+           'load_params', 'compose', 'edited']
 
 # %% ../nbs/params.ipynb #c002
 from pathlib import Path
@@ -211,8 +211,15 @@ class SDMAEParams(MaskedParams):
     teacher_temp:float = Field(0.04, gt=0)
     center_momentum:float = Field(0.9, ge=0, lt=1)
     center_on:Literal["probs","logits"] = "probs"       # "probs" as released, "logits" as DINO
-    detach_teacher:bool = False                         # False as released, True as DINO
+    detach_teacher:bool = False                         # False as released; True alone leaves the teacher's head at its random start
+    teacher_momentum:float|None = Field(None, ge=0, lt=1) # of the moving average by which a detached teacher's head follows the student's; DINO: 0.996
     distill:Literal["mean","token"] = "mean"            # one vector per image (as released) or per visible token
+
+    @model_validator(mode="after")
+    def _teacher(self):
+        if self.teacher_momentum is not None and not self.detach_teacher:
+            raise ValueError(f"teacher_momentum {self.teacher_momentum:g} is for a detached teacher: set detach_teacher: true as well, or teacher_momentum: null")
+        return self
 
 # %% ../nbs/params.ipynb #c030
 def merged(
@@ -304,7 +311,7 @@ class ProbeParams(Section):
     labels:list[Labels] = Field(["all"], min_length=1)
     subsets:int = Field(1, ge=1)                        # random draws of each number of labels
     crop:float = Field(1., gt=0, le=1)                  # central share of a tile's side that is looked at
-    neighbours:list[Annotated[int, Field(ge=1)]] = Field([1, 5, 10, 20, 50], min_length=1)  # k, chosen on validation; among few labels by cross-validation
+    neighbours:list[Annotated[int, Field(ge=1)]] = Field([20], min_length=1)   # k; of several the best on validation, among few labels by cross-validation
     C:list[Annotated[float, Field(gt=0)]] = Field([1e-4, 1e-3, 1e-2, 1e-1, 1., 10., 100.], min_length=1) # inverse regularisation, chosen likewise
 
 # %% ../nbs/params.ipynb #c037
@@ -319,7 +326,8 @@ class FinetuneParams(Section):
     batch_size:int = Field(ge=2)
     accumulate:int = Field(1, ge=1)                     # equal parts a batch is split into
     optim:OptimParams
-    layer_decay:float = Field(0.75, gt=0, le=1)         # learning rate of a block over that of the next
+    scratch_factor:float = Field(1., ge=1)              # training from scratch runs a second time with so many times the steps; 1: once
+    layer_decay:float = Field(0.75, gt=0, le=1)         # learning rate of a block over that of the next, for every encoder
     drop_path:float = Field(0., ge=0, lt=1)
     label_smoothing:float = Field(0., ge=0, lt=1)
     mixup:float = Field(0., ge=0)                       # alpha of the Beta law; 0 is off
@@ -349,6 +357,11 @@ class SegmentParams(Section):
     views:ViewParams = ViewParams(scale=(0.25, 1.), interpolation="bilinear", vflip=True, rot90=True)
 
 # %% ../nbs/params.ipynb #c039
+class NaturalParams(Section):
+    "A network with natural-image weights: what a reader would use instead."
+    model:str = "tf_efficientnet_lite0"                 # timm's name
+    image_size:int = Field(128, ge=32)                  # px that tiles are resized to
+
 class ReportParams(Section):
     "Statistics of the report."
     bootstrap:int = Field(1000, ge=10)      # draws of the paired comparison
@@ -364,6 +377,8 @@ class Study(Section):
     tasks:list[str] = Field(["label"], min_length=1)                # what is asked of the encoders, by the names of the source
     method:MethodsParams
     pretrain:PretrainParams
+    references:list[Literal["histogram","natural"]] = ["histogram"] # lines beside the methods: colour alone, natural-image weights
+    natural:NaturalParams = NaturalParams()
     probe:ProbeParams = ProbeParams()
     protocols:list[Literal["finetune","linear_sgd"]] = ["finetune"] # ways of training on labels, each a section
     finetune:FinetuneParams
@@ -381,7 +396,7 @@ class Study(Section):
     def _check(self):
         if "random" not in self.methods: raise ValueError("methods must list random: it is the null, and supervised training starts from it")
         if "finetune" not in self.protocols: raise ValueError("protocols must list finetune: supervised training from scratch is its null")
-        for key, values in dict(methods=self.methods, seeds=self.seeds, tasks=self.tasks, protocols=self.protocols).items():
+        for key, values in dict(methods=self.methods, seeds=self.seeds, tasks=self.tasks, protocols=self.protocols, references=self.references).items():
             if len(set(values)) < len(values): raise ValueError(f"{key} lists something twice: {values}")
         for name in self.methods: check_method(self, name)
         for name in self.protocols: check_protocol(self, name)
@@ -411,7 +426,7 @@ def check_patches(p, name):
 
 def check_method(p, name):
     "Raises `ValueError` where a listed method has no section, or a mask leaves no visible or no masked token."
-    if name in ("supervised", "histogram"): raise ValueError(f"methods: {name} is the name of a baseline that always runs; call the variant otherwise")
+    if name in ("supervised", "supervised_long", "histogram", "natural"): raise ValueError(f"methods: {name} is the name of a baseline that always runs; call the variant otherwise")
     try: section = p.method.section(name)
     except ValueError as e: raise ValueError(f"methods: {e}") from None
     if section is None: raise ValueError(f"methods lists {name!r}, but there is no section method.{name}")

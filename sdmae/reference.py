@@ -77,7 +77,7 @@ def run_sdmae(method:SDMAE, images:Tensor, mask:Tensor)->dict:
     "All outputs of one step; the gradient of the loss is left in the parameters, the centre moves."
     x, (visible, masked) = to_unit(images, torch.float64), mask_ids(mask)
     out = method.forward_masked(x, visible, masked)
-    student, teacher = method.views_of_visible(out["encoded"], out["decoded"], visible.shape[1])
+    student, teacher = method.scores_of_visible(out["encoded"], out["decoded"], visible.shape[1])
     parts = method.loss_on(x, visible, masked)
     method.zero_grad(); parts["loss"].backward(); method.after_step()
     return dict(pred=out["pred"], target=method.target(x, masked), student=student, teacher=teacher, loss_mse=parts["loss_mse"],

@@ -108,7 +108,38 @@ def test_position_tables_are_their_formulas():
     assert np.allclose(sincos2d(6, 24)[row*6 + col].numpy(), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("switch", [{}, {"distill": "token"}, {"center_on": "logits"}, {"detach_teacher": True}, {"target_norm": "joint"}, {"class_token": True}])
+def heads_after(steps, **switches):
+    "An SD-MAE after some steps: the model, and its state dict at the start."
+    torch.manual_seed(0)
+    m = SDMAE(SDMAEParams(decoder=DECODER, optim=OPTIM, head=HeadParams(hidden_dim=32, bottleneck_dim=16, out_dim=64), **switches), SHAPE, 48)
+    before = {k: v.clone() for k, v in m.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-3)
+    for _ in range(steps):
+        m(torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8))["loss"].backward()
+        optimizer.step(); optimizer.zero_grad(); m.after_step()
+    return m, before
+
+
+@pytest.mark.parametrize("switches, learns", [(dict(), True), (dict(detach_teacher=True), False), (dict(detach_teacher=True, center_on="logits"), False),
+                                              (dict(detach_teacher=True, center_on="logits", teacher_momentum=.9), True), (dict(loss_weight=0.), False)])
+def test_each_head_learns_or_is_said_not_to(switches, learns):
+    "A stop-gradient alone leaves the teacher's head at its random start; with momentum it follows the student's; p = 0 moves neither but by weight decay."
+    m, before = heads_after(50, **switches)
+    moved = {head: (dict(m.named_parameters())[f"{head}.prototypes"] - before[f"{head}.prototypes"]).norm().item() for head in ("student_head", "teacher_head")}
+    decay = 1e-2 # AdamW's own, where a gradient is zero
+    assert (moved["teacher_head"] > decay) == learns and (moved["student_head"] > decay) == (m.params.loss_weight > 0), moved
+    if m.params.teacher_momentum is None: return
+    gap = lambda a, b: sum((x - y).square().sum() for x, y in zip(a, b)).sqrt().item()
+    now, start = list(m.teacher_head.parameters()), [v for k, v in before.items() if k.startswith("teacher_head")]
+    assert gap(now, m.student_head.parameters()) < gap(start, m.student_head.parameters()), "nearer to the student than where it began"
+    assert all(not p.requires_grad for p in now)
+
+
+def test_a_following_head_asks_for_a_detached_teacher():
+    with pytest.raises(ValueError, match="teacher_momentum 0.9 is for a detached teacher: set detach_teacher: true"): SDMAEParams(decoder=DECODER, optim=OPTIM, teacher_momentum=.9)
+
+
+@pytest.mark.parametrize("switch", [{}, {"distill": "token"}, {"center_on": "logits"}, {"detach_teacher": True}, {"detach_teacher": True, "center_on": "logits", "teacher_momentum": .9}, {"target_norm": "joint"}, {"class_token": True}])
 def test_every_switch_trains(switch):
     "Each variant's loss falls on one batch, and the centre moves in training only."
     torch.manual_seed(0)

@@ -35,9 +35,11 @@ class SDMAE(MaskedAutoencoder):
     def __init__(self, params:SDMAEParams, model:ModelParams, image_size:int):
         super().__init__(params, model, image_size)
         self.student_head = DistillHead(model.embed_dim, params.head)
-        self.teacher_head = DistillHead(params.decoder.embed_dim, params.head)
+        follows = params.teacher_momentum is not None
+        self.teacher_head = DistillHead(model.embed_dim if follows else params.decoder.embed_dim, params.head)
+        if follows: self.teacher_head.requires_grad_(False).load_state_dict(self.student_head.state_dict())
         self.register_buffer("center", torch.zeros(params.head.out_dim))
-        self.noted = [] # what the centre moves by when the step ends
+        self.pending_center = [] # what the centre moves by when the step ends
         cut_normal(self.decoder.mask_token)
         self.encoder.patch_embed.proj.reset_parameters() # a convolution in the release, left at torch's own first values
 
@@ -64,16 +66,17 @@ def shown(self:SDMAE, pred:Tensor, x:Tensor, masked:Tensor)->Tensor:
 
 # %% ../../nbs/methods/sdmae.ipynb #c009
 @patch
-def views_of_visible(self:SDMAE,
+def scores_of_visible(self:SDMAE,
     encoded:Tensor, # (B, prefix + n, D)
     decoded:Tensor, # (B, prefix + n + m, dim)
     n:int           # visible tokens
 )->tuple[Tensor,Tensor]: # student and teacher scores (B, K), or (B, n, K) with `distill: token`
     "What encoder and decoder say of the visible tokens."
-    p, mean = self.encoder.num_prefix_tokens, self.params.distill == "mean"
-    student = widen(self.student_head(encoded[:, p:], mean))
-    teacher = widen(self.teacher_head(decoded[:, p:p+n], mean))
-    return student, teacher.detach() if self.params.detach_teacher else teacher
+    c, p, mean = self.params, self.encoder.num_prefix_tokens, self.params.distill == "mean"
+    seen = decoded[:, p:p+n]
+    if c.teacher_momentum is not None: seen = F.linear(seen, self.decoder.embed.weight.T) # back to the encoder's width
+    student, teacher = widen(self.student_head(encoded[:, p:], mean)), widen(self.teacher_head(seen, mean))
+    return student, teacher.detach() if c.detach_teacher else teacher
 
 # %% ../../nbs/methods/sdmae.ipynb #c010
 @patch
@@ -84,19 +87,27 @@ def note_center(self:SDMAE,
 ):
     "Keep what the centre will move by, until the step ends; evaluation leaves it alone."
     rows = (probs if self.params.center_on == "probs" else teacher).flatten(0, -2)
-    if self.training: self.noted.append((rows.sum(0), len(rows)))
+    if self.training: self.pending_center.append((rows.sum(0), len(rows)))
 
 @patch
 @torch.no_grad()
-def after_step(self:SDMAE):
-    "c ← m·c + (1 − m)·mean, once an optimiser step, over its whole batch: all parts of an accumulation and all processes."
-    if not self.noted: return
-    total, n = (sum(o) for o in zip(*self.noted))
+def move_center(self:SDMAE):
+    "c ← m·c + (1 − m)·mean, over the whole batch: all parts of an accumulation and all processes."
+    if not self.pending_center: return
+    total, n = (sum(o) for o in zip(*self.pending_center))
     new = total / n
     if dist.is_initialized():
         dist.all_reduce(new); new /= dist.get_world_size()
     self.center.lerp_(new.to(self.center.dtype), 1 - self.params.center_momentum)
-    self.noted = []
+    self.pending_center = []
+
+@patch
+@torch.no_grad()
+def after_step(self:SDMAE):
+    "Once an optimiser step the centre moves, and a teacher's head with momentum follows the student's."
+    self.move_center()
+    if self.params.teacher_momentum is None: return
+    for t, s in zip(self.teacher_head.parameters(), self.student_head.parameters()): t.lerp_(s, 1 - self.params.teacher_momentum)
 
 # %% ../../nbs/methods/sdmae.ipynb #c011
 @patch
@@ -108,7 +119,7 @@ def loss_on(self:SDMAE,
     c, out = self.params, self.forward_masked(x, visible, masked)
     pred, target = widen(out["pred"]), self.target(x, masked)
     mse = (pred - target).square().mean()
-    student, teacher = self.views_of_visible(out["encoded"], out["decoded"], visible.shape[1])
+    student, teacher = self.scores_of_visible(out["encoded"], out["decoded"], visible.shape[1])
     sd, probs = distill_loss(student, teacher, self.center, c.student_temp, c.teacher_temp)
     self.note_center(teacher, probs)
     entropy = -(probs * probs.clamp(min=1e-12).log()).sum(-1).mean()

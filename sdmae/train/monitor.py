@@ -30,7 +30,8 @@ def collapsed(
     "A sentence when the teacher's entropy or the features' rank say that a run has collapsed, else None."
     if row.get("teacher_entropy", 1.) < 0.05:
         return (f"the teacher has collapsed: its entropy is {row['teacher_entropy']:.1e} nats in epoch {row['epoch']}, so every image falls on one prototype "
-                "and distillation teaches nothing more. `detach_teacher: true` and `center_on: logits` are DINO's remedy")
+                "and distillation teaches nothing more. A teacher that follows the student stays away from there: `detach_teacher: true`, "
+                "`teacher_momentum: 0.996` and `center_on: logits`")
     if row.get("rankme", 9.) < 2: return f"the features have collapsed: RankMe is {row['rankme']:.1f} in epoch {row['epoch']}, they fill hardly more than one direction"
 
 def on_plateau(
