@@ -27,7 +27,8 @@ from .train.engine import Trainer, pick_device, pick_precision
 from .train.checkpoint import fingerprint
 from .train.monitor import LiveLog, Watch, Reconstructions, rankme, warnings_of, save_pictures
 from .evaluate.features import extract
-from .evaluate.knn import fit_knn
+from .evaluate.knn import knn_probabilities
+from .evaluate.statistics import scores
 
 # %% ../nbs/pretrain.ipynb #c005
 def run_config(
@@ -50,8 +51,8 @@ def looker(
     y, z = (store.targets(rows).cpu().numpy() for rows in (bank, valid))
     def look(model):
         x, v = (extract(model.encoder, store, rows, MEAN, STD, device, amp=precision) for rows in (bank, valid))
-        knn = fit_knn(x, y, v, z, len(store.classes), neighbours=(min(20, len(bank)),))
-        return dict(valid_knn_balanced_accuracy=knn.curve[0]["balanced_accuracy"], rankme=rankme(v))
+        p = knn_probabilities(x, y, v, min(20, len(bank)), len(store.classes))
+        return dict(valid_knn_balanced_accuracy=scores(z, p)["balanced_accuracy"], rankme=rankme(v))
     return look
 
 # %% ../nbs/pretrain.ipynb #c009

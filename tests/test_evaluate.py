@@ -331,9 +331,37 @@ def test_nothing_to_hold_out_means_nothing_to_compare():
     for y in ([0,1,2], [0,0,0,1,2], [0,0]): assert folds(y) == [] and held_out_scores(np.eye(len(y)), np.array(y), None) is None
     x, y = blobs(3)
     knn, linear = fit_knn(x, y, None, None, 3), fit_linear(x, y, None, None, 3, C=[1., .1])
-    assert (knn.k, linear.C) == (1, .1) and {c["balanced_accuracy"] for c in knn.curve + linear.curve} == {None}
+    assert (knn.k, linear.C) == (3, .1) and {c["macro_auc"] for c in knn.curve + linear.curve} == {None}
     assert fit_knn(*blobs(3), None, None, 3, neighbours=(1, 2, 3)).k == 3, "the rule of ties: the smoother"
     json.dumps(knn.curve, allow_nan=False)
+
+
+@pytest.mark.parametrize("counts", [(40, 40, 40), (60, 8, 3), (30, 1, 30)])
+def test_folds_never_split_a_patient(counts):
+    rng = np.random.default_rng(0)
+    y = rng.permutation(np.repeat(np.arange(3), counts))
+    patients = np.array([f"p{i}" for i in rng.integers(0, 14, len(y))])
+    splits = folds(y, groups=patients)
+    assert splits
+    for train, held in splits:
+        assert not set(patients[train]) & set(patients[held]) and set(y[train]) == {0, 1, 2}
+    times = np.bincount(np.concatenate([held for _, held in splits]), minlength=len(y))
+    assert times.max() == 1
+
+
+def test_a_class_of_one_patient_cannot_be_held_out():
+    y, patients = np.repeat([0, 1], 20), np.r_[np.repeat(np.arange(5), 4), np.full(20, 9)]
+    assert all(9 not in patients[held] for _, held in folds(y, groups=patients))
+    assert folds(y, groups=np.zeros(40)) == [] and held_out_scores(np.eye(40), y, None, np.zeros(40)) is None
+
+
+def test_what_tells_patients_apart_is_not_chosen():
+    "Features that name the patient predict held-out tiles only where a fold splits patients: then the weakest penalty wins."
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(30), 6); y = (np.arange(30) % 2)[patients]
+    x = np.c_[np.eye(30)[patients]*3, y[:, None] + rng.normal(size=(180, 1))*2]
+    leaky, honest = fit_linear(x, y, None, None, 2), fit_linear(x, y, None, None, 2, groups=patients)
+    assert max(c["macro_auc"] for c in leaky.curve) > .99 and max(c["macro_auc"] for c in honest.curve) < .9
 
 
 def test_C_by_cross_validation_is_sklearns():
@@ -343,8 +371,8 @@ def test_C_by_cross_validation_is_sklearns():
     splits = folds(y)
     for c in probe.curve:
         cold = make_pipeline(StandardScaler(), LogisticRegression(C=c["C"], max_iter=1000))
-        assert c["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(y, cross_val_predict(cold, x, y, cv=splits)), abs=.009) # a tile may flip
-    assert probe.C == max(probe.curve, key=lambda c: c["balanced_accuracy"])["C"] and len({c["balanced_accuracy"] for c in probe.curve}) > 1
+        assert c["macro_auc"] == pytest.approx(sk.roc_auc_score(y, cross_val_predict(cold, x, y, cv=splits, method="predict_proba"), multi_class="ovr"), abs=2e-3)
+    assert probe.C == max(probe.curve, key=lambda c: c["macro_auc"])["C"] and len({c["macro_auc"] for c in probe.curve}) > 1
     whole = make_pipeline(StandardScaler(), LogisticRegression(C=probe.C, max_iter=1000)).fit(x, y)
     assert np.allclose(probe.predict_proba(x), whole.predict_proba(x), atol=5e-3), "the fit is on every labelled tile"
 
@@ -353,12 +381,12 @@ def test_k_by_cross_validation_is_sklearns():
     x, y = blobs(100, noise=2.5)
     fitted = fit_knn(x, y, None, None, 3, neighbours=(1, 5, 20, 90))
     for c in fitted.curve:
-        guess = np.empty(100, int)
+        guess = np.empty((100, 3))
         for train, held in folds(y): # 90 neighbours are more than a fold has: all of it
             one = KNeighborsClassifier(min(c["k"], len(train)), metric="cosine", algorithm="brute", weights=lambda d: np.exp((1-d)/.07)).fit(x[train], y[train])
-            guess[held] = one.predict(x[held])
-        assert c["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(y, guess))
-    assert fitted.k == max(fitted.curve, key=lambda c: (c["balanced_accuracy"], c["k"]))["k"] and len(fitted.train_x) == 100
+            guess[held] = one.predict_proba(x[held])
+        assert c["macro_auc"] == pytest.approx(sk.roc_auc_score(y, guess, multi_class="ovr"), abs=1e-4)
+    assert fitted.k == max(fitted.curve, key=lambda c: (c["macro_auc"], c["k"]))["k"] and len(fitted.train_x) == 100
 
 
 def test_labels_that_were_not_promised_are_not_used():
@@ -392,9 +420,10 @@ def test_knn_survives_a_tiny_temperature():
 def test_k_is_the_best_on_validation_and_the_larger_of_equals():
     x, y = blobs(200); v, vy = blobs(100, seed=2)
     fitted = fit_knn(x, y, v, vy, 3, neighbours=(100, 1, 10, 500))
-    assert [c["k"] for c in fitted.curve] == [1, 10, 100]
-    for c in fitted.curve: assert c["balanced_accuracy"] == pytest.approx(scores(vy, knn_probabilities(x, y, v, c["k"], 3))["balanced_accuracy"])
-    assert fitted.curve[[c["k"] for c in fitted.curve].index(fitted.k)]["balanced_accuracy"] == max(c["balanced_accuracy"] for c in fitted.curve)
+    assert [c["k"] for c in fitted.curve] == [1, 10, 100, 200], "more than there are means all"
+    for c in fitted.curve: assert c["macro_auc"] == pytest.approx(scores(vy, knn_probabilities(x, y, v, c["k"], 3))["macro_auc"])
+    assert fitted.curve[[c["k"] for c in fitted.curve].index(fitted.k)]["macro_auc"] == max(c["macro_auc"] for c in fitted.curve)
+    assert fit_knn(x, y, None, None, 3).k == 20 and fit_knn(x[:15], y[:15], None, None, 3).k == 15, "fixed where nothing else is asked"
     far, fy = blobs(90, noise=.01); w, wy = blobs(30, noise=.01, seed=3)
     assert fit_knn(far, fy, w, wy, 3, neighbours=(1, 5, 10)).k == 10
     assert np.allclose(fitted.predict_proba(v), knn_probabilities(x, y, v, fitted.k, 3))
@@ -404,7 +433,7 @@ def test_knn_refuses_k_beyond_the_training_tiles():
     x, y = blobs(20)
     for k in (0, 21):
         with pytest.raises(ValueError, match=f"k: {k} neighbours"): knn_probabilities(x, y, x, k, 3)
-    with pytest.raises(ValueError, match="none of \\[50\\]"): fit_knn(x, y, x, y, 3, neighbours=[50])
+    with pytest.raises(ValueError, match="neighbours: whole numbers from 1"): fit_knn(x, y, x, y, 3, neighbours=[0, 5])
 
 
 # linear probe
@@ -426,10 +455,10 @@ def test_warm_started_fits_are_sklearns_cold_ones(c):
 def test_C_is_the_best_on_validation_and_the_smaller_of_equals():
     x, y = blobs(120, d=64, noise=2.5); v, vy = blobs(200, d=64, noise=2.5, seed=1)
     probe = fit_linear(x, y, v, vy, 3)
-    values = [c["balanced_accuracy"] for c in probe.curve]
+    values = [c["macro_auc"] for c in probe.curve]
     assert max(values) > min(values)
     assert probe.C == probe.curve[values.index(max(values))]["C"]
-    assert scores(vy, probe.predict_proba(v))["balanced_accuracy"] == pytest.approx(max(values))
+    assert scores(vy, probe.predict_proba(v))["macro_auc"] == pytest.approx(max(values))
     json.dumps(probe.curve)
 
 
@@ -468,9 +497,9 @@ def test_the_probe_of_several_labels_is_sklearns_one_vs_rest():
     probe = fit_linear(x, y, v, vy, 3, C=(1e-3, 1e-2, .1))
     for c in probe.curve:
         cold = make_pipeline(StandardScaler(), OneVsRestClassifier(LogisticRegression(C=c["C"], max_iter=1000))).fit(x, y)
-        assert c["macro_ap"] == pytest.approx(sk.average_precision_score(vy, cold.predict_proba(v)), abs=5e-3)
+        assert c["macro_auc"] == pytest.approx(sk.roc_auc_score(vy, cold.predict_proba(v)), abs=5e-3)
         if c["C"] == probe.C: assert np.allclose(probe.predict_proba(v), cold.predict_proba(v), atol=5e-3)
-    assert probe.C == max(probe.curve, key=lambda c: c["macro_ap"])["C"] and probe.predict_proba(v).shape == (150, 3)
+    assert probe.C == max(probe.curve, key=lambda c: c["macro_auc"])["C"] and probe.predict_proba(v).shape == (150, 3)
     json.dumps(probe.curve)
 
 
@@ -481,8 +510,8 @@ def test_knn_of_several_labels_is_sklearns_regression_on_label_vectors():
         oracle = KNeighborsRegressor(c["k"], metric="cosine", algorithm="brute", weights=lambda d: np.exp((1-d)/.07)).fit(x, y)
         p = knn_probabilities(x, y, v, c["k"], 3)
         assert np.allclose(p, oracle.predict(v), atol=2e-4) and p.min() >= 0 and p.max() <= 1
-        assert c["macro_ap"] == pytest.approx(sk.average_precision_score(vy, p))
-    assert fitted.k == max(fitted.curve, key=lambda c: (c["macro_ap"], c["k"]))["k"]
+        assert c["macro_auc"] == pytest.approx(sk.roc_auc_score(vy, p))
+    assert fitted.k == max(fitted.curve, key=lambda c: (c["macro_auc"], c["k"]))["k"]
     assert np.allclose(fitted.predict_proba(v), knn_probabilities(x, y, v, fitted.k, 3))
 
 
@@ -492,18 +521,18 @@ def test_among_few_labels_each_label_has_folds_of_its_own():
     probe = fit_linear(x, y, None, None, 3, C=grid)
     for c in probe.curve:
         cold = make_pipeline(StandardScaler(), LogisticRegression(C=c["C"], max_iter=1000))
-        each = [sk.average_precision_score(label, cross_val_predict(cold, x, label, cv=folds(label.astype(int)), method="predict_proba")[:,1]) for label in y.T]
-        assert c["macro_ap"] == pytest.approx(np.mean(each), abs=.009)
+        each = [sk.roc_auc_score(label, cross_val_predict(cold, x, label, cv=folds(label.astype(int)), method="predict_proba")[:,1]) for label in y.T]
+        assert c["macro_auc"] == pytest.approx(np.mean(each), abs=.009)
     knn = fit_knn(x, y, None, None, 3, neighbours=(1, 20))
     for c in knn.curve:
         each = []
         for label in y.T.astype(int):
             p = np.empty(120)
             for train, held in folds(label): p[held] = knn_probabilities(x[train], label[train], x[held], c["k"], 2)[:,1]
-            each.append(sk.average_precision_score(label, p))
-        assert c["macro_ap"] == pytest.approx(np.mean(each), abs=1e-6)
+            each.append(sk.roc_auc_score(label, p))
+        assert c["macro_auc"] == pytest.approx(np.mean(each), abs=1e-6)
     single = np.zeros((6, 2), int); single[0, 0] = single[1, 1] = 1 # one tile a label: nothing to hold out
-    assert {c["macro_ap"] for c in fit_linear(x[:6], single, None, None, 2, C=[1., .1]).curve} == {None}
+    assert {c["macro_auc"] for c in fit_linear(x[:6], single, None, None, 2, C=[1., .1]).curve} == {None}
 
 
 @pytest.mark.parametrize("fit", [fit_knn, fit_linear])

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from .knn import check_labelled, chosen_by, chosen_scores, held_out_scores
+from .knn import CHOSEN_BY, check_labelled, chosen_scores, held_out_scores
 
 # %% ../../nbs/evaluate/linear.ipynb #c005
 @dataclass
@@ -30,7 +30,7 @@ class LinearProbe:
     scaler:StandardScaler
     model:LogisticRegression|LabelModels
     C:float             # inverse strength of the penalty
-    curve:list[dict]    # {"C": …, "balanced_accuracy" or "macro_ap": …} on validation or held-out tiles, None where there were none
+    curve:list[dict]    # {"C": …, "macro_auc": …} on validation or held-out tiles, None where there were none
 
 # %% ../../nbs/evaluate/linear.ipynb #c007
 @patch
@@ -66,15 +66,18 @@ def fit_linear(
     valid_x, valid_y,   # likewise: C is chosen on these; None, None: by cross-validation
     n_classes:int,
     C=(1e-4, 1e-3, 1e-2, 1e-1, 1., 10.), # values to try
-    max_iter:int=1000   # L-BFGS steps a value
+    max_iter:int=1000,  # L-BFGS steps a value
+    groups=None         # (m,) patient or slide of the training tiles, never split by cross-validation
 )->LinearProbe:
-    "Logistic regression on all training tiles, C by `chosen_by`; `ValueError` on unfit data, a missing class or a C that is not positive."
+    "Logistic regression on all training tiles, C by `CHOSEN_BY`; `ValueError` on unfit data, a missing class or a C that is not positive."
     train_x, train_y = check_labelled(train_x, train_y, n_classes, "train", complete=True)
     if valid_x is not None: valid_x, valid_y = check_labelled(valid_x, valid_y, n_classes, "valid")
     if not len(C) or min(C) <= 0: raise ValueError(f"C: positive numbers are needed, got {list(C)}")
     probes = _probes(train_x, train_y, C, max_iter)
     if valid_x is not None: tried = chosen_scores(valid_y, [p.predict_proba(valid_x) for p in probes])
-    else: tried = held_out_scores(train_x, train_y, lambda x, y, new: [p.predict_proba(new) for p in _probes(x, y, C, max_iter)]) or [None]*len(C)
-    curve = [{"C": p.C, chosen_by(train_y): s} for p, s in zip(probes, tried)]
+    else:
+        each = lambda x, y, new: [p.predict_proba(new) for p in _probes(x, y, C, max_iter)]
+        tried = held_out_scores(train_x, train_y, each, groups) or [None]*len(C)
+    curve = [{"C": p.C, CHOSEN_BY: s} for p, s in zip(probes, tried)]
     best = max(range(len(curve)), key=lambda i: tried[i] or 0) # the first of equals
     return replace(probes[best], curve=curve)
