@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from sklearn.isotonic import IsotonicRegression
 
 matplotlib.use("agg")
+from scipy import stats
 from sdmae.evaluate.statistics import METRICS, paired_bootstrap, scores
 from sdmae.params import load_params, parse_params
 from sdmae.report import figures as fg
@@ -134,10 +135,9 @@ def test_paired_table_is_the_paired_bootstrap(tmp_path):
     for m in METRICS:
         assert tuple(table.loc[m, ["difference","low","high"]]) == pytest.approx(want[m])
         assert (table.loc[m, "runs"], table.loc[m, "draws"]) == (1, 50) and np.isnan(table.loc[m, "sd"])
-        assert table.loc[m, "excludes 0"] == ("yes" if want[m][1] > 0 or want[m][2] < 0 else "no")
-    assert table.loc["accuracy","excludes 0"] == "yes"
+    assert table.loc["accuracy","p_tiles"] < .01 and table.p_seeds.isna().all() and set(tb.paired_text(table.reset_index()).verdict) == {"one seed"}
     same = tb.paired_table(found, "mae", "mae", n=20)
-    assert set(same["excludes 0"]) == {"no"} and same.attrs["title"] == "MAE − MAE"
+    assert set(same.p_tiles) == {1.} == set(same.p_seeds) and set(same.pair) == {"MAE − MAE"} and set(tb.paired_text(same).verdict) == {"level (p 1)"}
     grouped = tb.paired_table(found, groups=np.arange(200)//40, n=50, seed=4).set_index("metric")
     assert tuple(grouped.loc["accuracy", ["low","high"]]) != tuple(table.loc["accuracy", ["low","high"]])
     with pytest.raises(ValueError, match="supervised and mae share no protocol.*sdmae"): tb.paired_table(found, "supervised")
@@ -236,7 +236,7 @@ def campaign(tmp_path_factory):
             scored, arrays = {p: {} for p in protocols}, dict(index=np.arange(60), targets=t)
             for p, l in [(p, l) for p in protocols for l in (("all",) if e == "supervised" else LABELS)]:
                 subsets = range(1 if l == "all" else SUBSETS)
-                entries = [{m: skill(tb.name_in_tables(e, p), p, l, seed, k) for m in METRICS} | {"n_train": 10} for k in subsets]
+                entries = [{m: skill(tb.as_in_tables(e, p)[0], p, l, seed, k) for m in METRICS} | {"n_train": 10} for k in subsets]
                 logits = [np.random.default_rng(10*seed + k).normal(size=(60,3)) + 2*entries[k]["accuracy"]*np.eye(3)[t] for k in subsets] # luck is shared
                 drawn = [np.exp(z)/np.exp(z).sum(1, keepdims=True) for z in logits]
                 scored[p][l] = entries[0] if l == "all" else entries
@@ -293,11 +293,38 @@ def test_pairs_are_of_the_same_seed_and_subset(campaign):
     row = table.loc["0.01","linear_sgd","accuracy"]
     a, b = found.runs("linear_sgd", "0.01", "sdmae"), found.runs("linear_sgd", "0.01", "mae")
     each = np.array([scores(found.targets, a[k])["accuracy"] - scores(found.targets, b[k])["accuracy"] for k in a])
-    assert (row.difference, row.sd, row.runs) == pytest.approx((each.mean(), each.std(ddof=1), 6))
+    by_seed = each.reshape(3, 2).mean(1) # subsets of one seed are no seeds
+    t = stats.ttest_1samp(by_seed, 0)
+    assert (row.difference, row.sd, row.runs, row.seeds) == pytest.approx((each.mean(), by_seed.std(ddof=1), 6, 3))
+    assert (row.low_seeds, row.high_seeds, row.p_seeds) == pytest.approx((*t.confidence_interval(.95), t.pvalue))
     assert row["same sign"] == (np.sign(each) == np.sign(each.mean())).sum()
     assert set(table.loc["all"].runs) == {3}
     text = tb.paired_text(table.reset_index(), ["ece"])
     assert len(text) == len(LABELS)*4 and set(text["runs of the same sign"].str.split(" of ").str[1]) == {"3","6"}
+
+
+def test_a_verdict_needs_both_tiles_and_seeds_and_pays_for_every_row():
+    rows = pd.DataFrame(dict(labels="all", protocol="knn", metric="macro_auc", difference=[.05, .05, .05, -.05], low=[.04, .04, -.04, -.06], high=[.06, .06, .14, -.04],
+                             low_seeds=[.03, -.2, .03, np.nan], high_seeds=[.07, .3, .07, np.nan], p_tiles=[1e-9, 1e-9, .3, 1e-9], p_seeds=[.001, .4, .001, np.nan],
+                             sd=.01, smallest=[.02, .2, .02, np.nan], runs=[3, 3, 3, 1], **{"same sign": [3, 2, 3, 1]}))
+    assert list(tb.paired_text(rows).verdict) == ["ahead (p 0.003)", "level (p 0.6)", "level (p 0.6)", "one seed"]
+    many = pd.concat([rows.iloc[:1].assign(p_seeds=.001)] + [rows.iloc[:1].assign(p_seeds=.5)]*99)
+    assert tb.paired_text(many).verdict.iloc[0] == "level (p 0.1)", "one of a hundred is found by chance"
+    other = tb.paired_text(pd.concat([rows.iloc[:1], many.iloc[1:].assign(metric="ece")]))
+    assert other.verdict.iloc[0] == "ahead (p 0.001)", "scores are families of their own"
+
+
+def test_each_method_stands_against_every_baseline(tmp_path):
+    t, a = toy(2.)
+    kept = [("probe", e, ["knn"]) for e in ("mae-0", "mae-1", "random-0", "random-1", "histogram-0", "natural-0")]
+    for stage, e, names in kept + [("finetune", "random-0", ["finetune", "finetune_long"]), ("finetune", "mae-0", ["finetune"])]:
+        (tmp_path/"evals"/stage/e).mkdir(parents=True)
+        np.savez(tmp_path/"evals"/stage/e/"predictions.npz", index=np.arange(200), targets=t, **{f"probabilities_{n}_all": a for n in names})
+    found = tb.read_predictions(tmp_path)
+    table = tb.paired_tables(found, tb.against_baselines(["random", "mae", "sdmae"]), n=20)
+    assert set(zip(table.b, table.protocol)) >= {("random", "knn"), ("histogram", "knn"), ("natural", "knn"), ("supervised", "finetune"), ("supervised_long", "finetune")}
+    assert set(table.a) == {"mae"} and ("random", "finetune") not in set(zip(table.b, table.protocol)), "trained, random is training from scratch"
+    assert tb.paired_tables(found, [("sdmae", "mae")]).empty
 
 
 def test_ablations_differ_run_by_run(campaign, named):

@@ -24,7 +24,7 @@ from .tables import (ENCODERS, METRIC_NAMES, PROTOCOLS, VARIANTS, ablation, chan
                                  spread_text, summarise, value_text)
 
 # %% ../../nbs/report/figures.ipynb #c005
-STYLES = {"random": ("#7f7f7f","X"), "histogram": ("#b8b8b8","D"), "supervised": ("#009E73","^"),
+STYLES = {"random": ("#7f7f7f","X"), "histogram": ("#b8b8b8","D"), "natural": ("#000000","*"), "supervised": ("#009E73","^"), "supervised_long": ("#005C43","<"),
           "imported": ("#CC79A7","P"), "mae": ("#0072B2","s"), "sdmae": ("#D55E00","o"), "miram": ("#882255","v")}
 MORE_COLOURS = ("#56B4E9","#661100","#E69F00","#44AA99","#332288","#999933","#AA4499") # of variants and new methods,
 MORE_MARKERS = "vDp<>hd8"                                                              # 56 pairs before one comes again
@@ -46,7 +46,8 @@ def short(
     encoder:str
 )->str:
     "An encoder's name where room is scarce; a variant with a long one goes by its name in the parameters."
-    name = {"random": "Random", "histogram": "Histogram", "supervised": "Supervised", "imported": "Imported"}.get(encoder, ENCODERS.get(encoder, encoder))
+    names = {"random": "Random", "histogram": "Histogram", "natural": "Natural images", "supervised": "Supervised", "supervised_long": "Supervised, longer"}
+    name = {**names, "imported": "Imported"}.get(encoder, ENCODERS.get(encoder, encoder))
     return name if len(name) <= 30 else encoder
 
 def room(
