@@ -88,7 +88,7 @@ def test_params_yaml_is_the_composition_of_conf():
 def test_a_variant_is_its_method_with_changes():
     values = compose(["experiment=ablation"])
     m = parse_params(values).method
-    assert m.of("sdmae_dino") == "sdmae" and m.changes("sdmae_decoder8") == {"decoder.depth": 8}
+    assert m.of("sdmae_momentum") == "sdmae" and m.section("sdmae_momentum").teacher_momentum == 0.996 and m.changes("sdmae_decoder8") == {"decoder.depth": 8}
     assert m.section("sdmae_decoder8").model_dump() == m.sdmae.model_copy(update=dict(decoder=m.sdmae.decoder.model_copy(update=dict(depth=8)))).model_dump()
 
 
