@@ -186,12 +186,10 @@ def test_stages_depend_on_stripped_notebooks_only():
 # The tool: bad input
 
 @pytest.fixture(autouse=True)
-def tidy():
-    "What failing notebooks leave behind is taken away."
-    failed = lambda: set((ROOT/"build"/"failed").glob("*.ipynb"))
-    before = failed()
+def tidy(tmp_path):
+    "What this test's failing notebooks leave behind is taken away; other tests run notebooks at the same time, in the same folder."
     yield
-    for o in failed() - before: o.unlink()
+    for o in (ROOT/"build"/"failed").glob(f"*{tmp_path.name}-*.ipynb"): o.unlink()
 
 
 def nb(*cells):
