@@ -1,6 +1,6 @@
 # Each target does its own set-up: a .venv in this folder, with the versions of constraints.txt.
 #   make repro                         fetch the bundled sample, run the whole pipeline
-#   make test                          the library's notebooks, and the tests
+#   make test                          the library's notebooks, and the tests, on all cores (JOBS=1: on one)
 #   make bench                         speed beside other libraries (SIZE=full: for a GPU)
 #   make lab                           JupyterLab on nbs/
 #   make repro PYTHON=python3.12       another interpreter for the set-up
