@@ -1,11 +1,13 @@
 # Each target does its own set-up: a .venv in this folder, with the versions of constraints.txt.
 #   make repro                         fetch the bundled sample, run the whole pipeline
-#   make test                          the library's notebooks, and the tests
+#   make test                          the library's notebooks, and the tests, on all cores (JOBS=1: on one)
 #   make bench                         speed beside other libraries (SIZE=full: for a GPU)
 #   make lab                           JupyterLab on nbs/
 #   make repro PYTHON=python3.12       another interpreter for the set-up
 PYTHON ?= python3
 SIZE   ?= quick
+# processes that test, one thread each: as many as cores, but no more than eight, each of which takes a gigabyte
+JOBS   ?= $(shell n=`nproc`; echo $$((n < 8 ? n : 8)))
 VENV   := $(CURDIR)/.venv
 STAMP  := $(VENV)/.set-up
 export PATH := $(VENV)/bin:$(PATH)
@@ -33,8 +35,8 @@ repro: setup ## fetch the bundled sample and run the pipeline
 	@echo && echo "The comparisons: reports/comparison/index.html, reports/lesions/index.html   (tables: dvc metrics show metrics/summary, curves: dvc plots show)"
 
 test: setup ## the library's notebooks and the tests: also that notebooks, library, README and params.yaml agree
-	nbdev_test --path nbs --skip_folder_re '^([_.]|pipeline)' --skip_file_re '^([_.]|speed|growth)' --do_print
-	pytest
+	OMP_NUM_THREADS=1 nbdev_test --path nbs --skip_folder_re '^([_.]|pipeline)' --skip_file_re '^([_.]|speed|growth)' --n_workers $(JOBS) --do_print
+	pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 bench: setup ## speed beside other libraries, and cost as work grows; SIZE=full for a GPU
 	python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -166,6 +166,7 @@ def run(
     parameters:dict=None # parameter -> value
 )->Path:                 # `out`
     "Run a notebook from the project's root, its output shown as it comes. Raises `NotebookFailed`, and `ValueError` for parameters."
+    sys.modules.setdefault("rfc3987_syntax", None) # jsonschema, which papermill loads, would spend a second on a grammar of web addresses
     import papermill
     root, path, out = project_root(), Path(path), Path(out).absolute()
     nb = read_notebook(path)

@@ -19,7 +19,6 @@ from sdmae.data.sources import open_source
 from sdmae.data.store import prepare
 from sdmae.params import DataParams
 
-ROOT = Path(__file__).parents[1]
 REAL = Path(__file__).parents[2]/"shared"/"realdata"/"cbis_mass_256px_png.zip"
 
 
@@ -328,11 +327,7 @@ def test_lesions_are_deterministic(tmp_path):
     assert a == b != c and [p.name for p in tmp_path.iterdir() if p.suffix != ".zip"] == []
 
 @pytest.fixture(scope="module")
-def bundled(tmp_path_factory):
-    "The lesions of the bundled sample, or, before `dvc pull`, new ones."
-    file = ROOT/"data/sample/cbis/CBIS-DDSM.zip"
-    if not file.is_file(): make_lesions(file := tmp_path_factory.mktemp("lesions")/"CBIS-DDSM.zip")
-    return file
+def bundled(bundled_sample): return bundled_sample/"cbis"/"CBIS-DDSM.zip"
 
 def test_bundled_lesions_are_what_the_notebook_makes(bundled):
     s = open_source(params(bundled, images="view"))

@@ -19,7 +19,6 @@ from sdmae.evaluate.features import colour_histogram
 from sdmae.evaluate.linear import fit_linear
 from sdmae.params import DataParams
 
-ROOT = Path(__file__).parents[1]
 REAL = Path(__file__).parents[2]/"shared"/"realdata"
 
 
@@ -567,27 +566,20 @@ def test_sample_has_the_publishers_form(sample):
     meta = pd.read_csv(sample/f"pcam/{stem('train')}_meta.csv")
     assert len(meta) == 32 and meta.wsi.nunique() == 8 and meta.center_tumor_patch.sum() == 16
 
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory):
-    "The bundled sample, or, before `dvc pull`, a new one."
-    folder = ROOT/"data/sample"
-    if not (folder/"nct/NCT-CRC-HE-100K.zip").is_file(): make_sample(folder := tmp_path_factory.mktemp("whole"))
-    return folder
-
-def test_bundled_sample_is_what_the_notebook_makes(whole):
-    records = open_source(params("nct", "nct", image_size=64), root=whole).records
+def test_bundled_sample_is_what_the_notebook_makes(bundled_sample):
+    records = open_source(params("nct", "nct", image_size=64), root=bundled_sample).records
     for split, number, lab in (("train",0,CENTRES["A"]), ("test",1,TEST_CENTRE)):
         for c in (1, 6):
             name = "".join((rng := np.random.default_rng([0,number,c,0])).choice(list("ACDEFGHIKLMNPQRSTVWY"), 8))
             found = [r for r in records if name in r.path]
             assert len(found) == 1 and found[0].label == NCT_CLASSES[c]
             assert np.abs(found[0].read().astype(int) - make_tile(rng, NCT_CLASSES[c], lab)).mean() < 8
-    assert sum(p.stat().st_size for p in whole.rglob("*") if p.is_file()) < 11.5e6
+    assert sum(p.stat().st_size for p in bundled_sample.rglob("*") if p.is_file()) < 11.5e6
 
 @pytest.fixture(scope="session")
-def whole_store(whole, tmp_path_factory):
+def whole_store(bundled_sample, tmp_path_factory):
     p = params("nct", "nct", image_size=64, valid_fraction=.15)
-    return prepare(open_source(p, root=whole), tmp_path_factory.mktemp("whole_store")/"out", p)
+    return prepare(open_source(p, root=bundled_sample), tmp_path_factory.mktemp("whole_store")/"out", p)
 
 def histograms(tiles, bins=16): return np.stack([np.concatenate([np.histogram(t[...,c], bins, (0,256))[0] for c in range(3)]) for t in tiles])/tiles[0,...,0].size
 

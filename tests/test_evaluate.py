@@ -148,9 +148,9 @@ def test_rare_class_leaves_finite_intervals_that_json_takes():
 
 def test_thousand_draws_take_seconds():
     t, p = predictions(10_000, 9)
-    start = time.perf_counter()
+    start = time.process_time() # of the processor: other tests may run beside this one
     bootstrap(t, p, n=1000)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("t, p, message", [
