@@ -94,6 +94,7 @@ def finetune(
                                          desc=f"{name}, {len(rows)} labels, {steps} steps, decay {layer_decay}")
     p = {s: predict(classifier, store, i, precision=precision) for s, i in held.items()}
     found = {f"valid_{k}": v for k, v in scores(y["valid"], p["valid"], scorer).items()} | scores(y["test"], p["test"], scorer)
+    found["steps_run"] = len(history) * (len(rows)//recipe.batch_size) # whole epochs
     leave(out, dict(encoder=name, protocol="finetune", labels=str(labels), steps=steps, layer_decay=layer_decay, seed=seed, task=task), found, p["test"])
 
 # %% ../nbs/evidence.ipynb #c011
