@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..evaluate.comparison import seed_interval, seed_p, smallest_difference, tile_p, verdicts
+from ..evaluate.comparison import seed_interval, seed_p, smallest_difference, tile_p, total_p, verdicts
 from ..evaluate.statistics import LOWER_IS_BETTER, METRICS, WeightedScores, affordable_draws, bootstrap_units, paired_bootstrap, scores
 
 # %% ../../nbs/report/tables.ipynb #c005
@@ -296,7 +296,7 @@ def paired_table(
     groups=None,                # (n,) patient or slide of each predicted tile
     n:int=1000, seed:int=0,     # draws
     scorer=WeightedScores       # or `LabelScores`
-)->pd.DataFrame: # pair, a, b, labels, protocol, metric, difference, low, high (over tiles), low_seeds, high_seeds, p_tiles, p_seeds, smallest, seeds, runs, sd, same sign, draws
+)->pd.DataFrame: # pair, a, b, labels, protocol, metric, difference, low, high (over tiles), low_seeds, high_seeds, p_tiles, p_seeds, p_total, seeds, runs, sd, same sign, draws
     "a − b over the runs that both have, by paired bootstrap over tiles and by Student's t over seeds; `ValueError` where they share none."
     keys = {(p, l) for p, l, e, s in predictions.files if e == a and (p, l, b, s) in predictions.files}
     if not keys: raise ValueError(f"paired_table: {a} and {b} share no protocol; encoders there are {sorted({k[2] for k in predictions.files})}")
@@ -320,18 +320,19 @@ def _paired_rows(
     rows = []
     for m, (x, low, high) in d.items():
         run = pd.Series([sa[m] - sb[m] for sa, sb in each], index=[s for s, _ in pairs])
-        rows.append(facts | dict(metric=m, difference=x, low=low, high=high) | over_seeds(run.groupby(level=0).mean())
-                    | {"p_tiles": tile_p(x, low, high), "runs": len(run), "same sign": int((np.sign(run) == np.sign(x)).sum()), "draws": affordable_draws(n, len(run))})
+        seeds = over_seeds(run.groupby(level=0).mean())
+        rows.append(facts | dict(metric=m, difference=x, low=low, high=high) | seeds
+                    | {"p_tiles": tile_p(x, low, high), "p_total": total_p(x, low, high, seeds["sd"], seeds["seeds"]), "runs": len(run), "same sign": int((np.sign(run) == np.sign(x)).sum()), "draws": affordable_draws(n, len(run))})
     return rows
 
 def over_seeds(
     differences # (n,) one a seed, the mean over its subsets of labels
-)->dict: # low_seeds, high_seeds, p_seeds, sd, smallest, seeds
+)->dict: # low_seeds, high_seeds, p_seeds, sd, seeds
     "What the seeds say of a difference."
     d = np.asarray(differences, dtype=np.float64)
     sd = d.std(ddof=1) if len(d) > 1 else np.nan
     low, high = seed_interval(d)
-    return dict(low_seeds=low, high_seeds=high, p_seeds=seed_p(d), sd=sd, smallest=smallest_difference(sd, len(d)), seeds=len(d))
+    return dict(low_seeds=low, high_seeds=high, p_seeds=seed_p(d), sd=sd, seeds=len(d))
 
 # %% ../../nbs/report/tables.ipynb #c048
 def paired_text(
@@ -343,15 +344,17 @@ def paired_text(
     p = paired[paired.metric.isin(metrics)].reset_index(drop=True)
     for m in p.metric.unique():
         rows = p.metric == m
-        p.loc[rows, "p"], p.loc[rows, "verdict"] = verdicts(p.difference[rows], p.p_tiles[rows], p.p_seeds[rows])
+        p.loc[rows, "p"], p.loc[rows, "verdict"] = verdicts(p.difference[rows], p.p_tiles[rows], p.p_seeds[rows], p.p_total[rows])
+        level = 1 - .05/max(1, p.p_seeds[rows].notna().sum()) # of Holm's first step
+        p.loc[rows, "smallest"] = [smallest_difference(s, n, level=level) for s, n in zip(p.sd[rows], p.seeds[rows])]
     text = pd.DataFrame({c: p[c] for c in lead} | {"labels": [labels_name(l) for l in p.labels], "protocol": [PROTOCOLS.get(x, x) for x in p.protocol],
                          "score": [METRIC_NAMES.get(m, m) for m in p.metric]})
     text["difference"] = [f"{x:+.3f}" for x in p.difference]
     text["95 % over test tiles"] = [f"[{r.low:+.3f}, {r.high:+.3f}]" for r in p.itertuples()]
     text["95 % over seeds"] = ["one seed" if np.isnan(r.low_seeds) else f"[{r.low_seeds:+.3f}, {r.high_seeds:+.3f}]" for r in p.itertuples()]
     text["runs of the same sign"] = [f"{k} of {n}" if n > 1 else "–" for k, n in zip(p["same sign"], p.runs)]
-    text["smallest visible"] = ["–" if np.isnan(x) else f"{x:.3f}" for x in p.smallest]
-    text["verdict"] = [v if np.isnan(q) else f"{v} (p {q:.2g})" for v, q in zip(p.verdict, p.p)]
+    text["smallest visible over seeds"] = ["–" if np.isnan(x) else f"{x:.3f}" for x in p.smallest]
+    text["verdict"] = [v if np.isnan(q) else f"{v} (p {q:.1e})" if q < .001 else f"{v} (p {q:.3f})" for v, q in zip(p.verdict, p.p)]
     return text
 
 # %% ../../nbs/report/tables.ipynb #n001

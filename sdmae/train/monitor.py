@@ -30,7 +30,7 @@ def collapsed(
     "A sentence when the teacher's answers or the features' rank say that a run has collapsed, else None."
     if row.get("teacher_information", 1.) < 0.01 :
         return (f"the teacher has collapsed: in epoch {row['epoch']} its answers differ by {max(0., row['teacher_information']):.1e} nats between images (entropy {row['teacher_entropy']:.1e}), "
-                "so distillation teaches nothing more. In this repository's runs a teacher that follows the student did not collapse, nor did it help: `detach_teacher: true`, "
+                "so distillation teaches nothing more. A teacher that follows the student was not better in this repository's runs, but can be tried: `detach_teacher: true`, "
                 "`teacher_momentum: 0.996`, `center_on: logits`")
     if row.get("rankme", 9.) < 2: return f"the features have collapsed: RankMe is {row['rankme']:.1f} in epoch {row['epoch']}, they fill hardly more than one direction"
 
