@@ -35,7 +35,7 @@ repro: setup ## fetch the bundled sample and run the pipeline
 	@echo && echo "The comparisons: reports/comparison/index.html, reports/lesions/index.html   (tables: dvc metrics show metrics/summary, curves: dvc plots show)"
 
 test: setup ## the library's notebooks and the tests: also that notebooks, library, README and params.yaml agree
-	OMP_NUM_THREADS=1 nbdev_test --path nbs --skip_folder_re '^([_.]|pipeline)' --skip_file_re '^([_.]|speed|growth)' --n_workers $(JOBS) --do_print
+	OMP_NUM_THREADS=1 nbdev_test --path nbs --skip_folder_re '^[_.]' --skip_file_re '^([_.0-9]|speed|growth)' --n_workers $(JOBS) --do_print
 	pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 bench: setup ## speed beside other libraries, and cost as work grows; SIZE=full for a GPU

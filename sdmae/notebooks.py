@@ -66,8 +66,8 @@ def strip_all(
     dst:str|Path,       # folder of stripped copies
     prose:list[str]=()  # stems of notebooks that keep their markdown
 )->list[Path]:
-    "Strip every notebook of a folder. Raises `FileNotFoundError` where `prose` names none."
-    notebooks = sorted(Path(src).glob("*.ipynb"))
+    "Strip every numbered notebook of a folder. Raises `FileNotFoundError` where `prose` names none."
+    notebooks = sorted(Path(src).glob("[0-9]*.ipynb"))
     for stem in prose:
         if stem not in [o.stem for o in notebooks]: raise FileNotFoundError(f"{src} holds no {stem}.ipynb")
     for o in notebooks: strip(o, Path(dst)/o.name, o.stem in prose)

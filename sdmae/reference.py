@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from .params import SDMAEParams, MIRAMParams, ModelParams, DecoderParams, HeadParams, OptimParams
 from .views.augment import to_unit
-from .models.decoders import split_tokens
+from .models.decoders import random_masking
 from .models.weights import our_name, our_mae_name, encoder_weights, load_method
 from .methods.mae import MaskedAutoencoder
 from .methods.sdmae import SDMAE
@@ -77,7 +77,7 @@ def run_sdmae(method:SDMAE, images:Tensor, mask:Tensor)->dict:
     "All outputs of one step; the gradient of the loss is left in the parameters, the centre moves."
     x, (visible, masked) = to_unit(images, torch.float64), mask_ids(mask)
     out = method.forward_masked(x, visible, masked)
-    student, teacher = method.scores_of_visible(out["encoded"], out["decoded"], visible.shape[1])
+    student, teacher = method.student_teacher_scores(out["encoded"], out["decoded"], visible.shape[1])
     parts = method.loss_on(x, visible, masked)
     method.zero_grad(); parts["loss"].backward(); method.after_step()
     return dict(pred=out["pred"], target=method.target(x, masked), student=student, teacher=teacher, loss_mse=parts["loss_mse"],
@@ -86,7 +86,7 @@ def run_sdmae(method:SDMAE, images:Tensor, mask:Tensor)->dict:
 # %% ../nbs/reference.ipynb #c013
 def run_miram(method:MIRAM, images:Tensor, noise:Tensor)->dict:
     "All outputs of one step; the gradient of the loss is left in the parameters."
-    x, (visible, masked) = to_unit(images, torch.float64), split_tokens(noise, method.n_visible)
+    x, (visible, masked) = to_unit(images, torch.float64), random_masking(noise, method.n_visible)
     (ids, pred), (fine_ids, fine_pred) = method.forward_scales(x, visible, masked, ["all", "all"]).values()
     loss = method.loss_on(x, visible, masked)["loss"]
     method.zero_grad(); loss.backward()

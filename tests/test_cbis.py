@@ -13,9 +13,9 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
 
-from sdmae.data.cbis import MARGINS, all_cases, answers, drop_shared
-from sdmae.data.lesions import draw_patient, make_lesions, make_mammogram
-from sdmae.data.sources import open_source
+from sdmae.sources.cbis import MARGINS, all_cases, answers, drop_shared
+from sdmae.sample.lesions import draw_patient, make_lesions, make_mammogram
+from sdmae.sources.publishers import open_source
 from sdmae.data.store import prepare
 from sdmae.params import DataParams
 

@@ -11,9 +11,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sdmae.data.sample import CENTRES, TEST_CENTRE, make_sample, make_tile
+from sdmae.sample.tissue import CENTRES, TEST_CENTRE, make_sample, make_tile
 from sdmae.data.records import Record, Source, Task, quotas
-from sdmae.data.sources import NCT_CLASSES, open_source
+from sdmae.sources.publishers import NCT_CLASSES, open_source
 from sdmae.data.store import TileStore, contact_sheet, fit, prepare, sha256
 from sdmae.evaluate.features import colour_histogram
 from sdmae.evaluate.linear import fit_linear

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 import torch.distributed as dist
 
-import sdmae.pretrain as pretrain
+import sdmae.pipeline.pretrain as pretrain
 import sdmae.views.augment as augment
 from sdmae.methods.registry import build_method
 from sdmae.params import OptimParams, compose, parse_params

@@ -14,8 +14,8 @@ from sdmae.params import compose
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-PIPELINE = sorted((ROOT/"nbs"/"pipeline").glob("*.ipynb"))
-ORDER = ["params", "data", "views", "models", "methods", "train", "evaluate", "report"]
+PIPELINE = sorted((ROOT/"nbs"/"pipeline").glob("[0-9]*.ipynb"))
+ORDER = ["params", "data", "sources", "sample", "views", "models", "methods", "train", "evaluate", "report", "pipeline"]
 
 name = lambda p: str(p.relative_to(ROOT/"nbs"))
 
@@ -65,7 +65,7 @@ def test_notebooks_are_clean(copy):
 
 def test_cleaning_keeps_the_tag_of_parameters(copy):
     tool("nbdev_clean", copy)
-    for p in (copy/"nbs"/"pipeline").glob("*.ipynb"): assert defaults(read_notebook(p), p.name)
+    for p in (copy/"nbs"/"pipeline").glob("[0-9]*.ipynb"): assert defaults(read_notebook(p), p.name)
 
 
 def test_readme_is_the_index():

@@ -12,12 +12,12 @@ from sdmae.params import DecoderParams, EncoderForm, FinetuneParams, HeadParams,
 from sdmae.methods.mae import MAE
 from sdmae.methods.miram import MIRAM, Nystrom, finer, in_order
 from sdmae.methods.sdmae import SDMAE
-from sdmae.models.decoders import pixel_target, split_tokens
+from sdmae.models.decoders import pixel_target, random_masking
 from sdmae.models.vit import build_encoder, compile_blocks, sincos1d, sincos2d
 from sdmae.models.weights import our_mae_name
 from sdmae.reference import compare, float64, main
 from sdmae.views import augment
-from sdmae.views.augment import MEAN, STD, Views, normalize, to_unit, whole
+from sdmae.views.augment import MEAN, STD, Views, normalize, to_unit, center_resize
 from sdmae.views.geometry import random_boxes
 
 REFERENCE = Path(__file__).parents[2]/"shared"/"reference"/"sdmae.npz"
@@ -87,7 +87,7 @@ def test_mae_is_transformers_vitmae():
     ours.load_state_dict(copy_to_ours(ours, theirs, lambda p: p.data), strict=False)
     x, noise = to_unit(torch.randint(0, 256, (3, 3, 48, 48)), torch.float64), torch.rand(3, 36, dtype=torch.float64)
     out = theirs(normalize(x), noise=noise); out.loss.backward()
-    visible, masked = split_tokens(noise, ours.n_visible)
+    visible, masked = random_masking(noise, ours.n_visible)
     loss = ours.loss_on(x, visible, masked)["loss"]; loss.backward()
     pred = ours.forward_masked(x, visible, masked)["pred"]
     assert abs(loss.item() - out.loss.item()) < 1e-9
@@ -201,8 +201,8 @@ def miram(model=SHAPE, image_size=48, **kwargs):
 def release_state(m, of=lambda v: v):
     "Weights under the names of MIRAM's release, by the inverse of none of our code: each part written out."
     parts = [("decoder.mask_token", "mask_token"), ("decoder.pos_embed", "decoder_pos_embed"), ("decoder.embed.", "decoder_embed."), ("decoder.blocks.", "decoder_blocks."), ("decoder.norm.", "decoder_norm."),
-             ("pixels.", "decoder_pred."), ("further.0.pos_embed", "highres_decoder_pos_embed"), ("further.0.blocks.", "highres_decoder_blocks."), ("further.0.norm.", "highres_decoder_norm."),
-             ("further.0.pixels.", "highres_decoder_pred."), ("encoder.", "")]
+             ("pixels.", "decoder_pred."), ("fine_decoders.0.pos_embed", "highres_decoder_pos_embed"), ("fine_decoders.0.blocks.", "highres_decoder_blocks."), ("fine_decoders.0.norm.", "highres_decoder_norm."),
+             ("fine_decoders.0.pixels.", "highres_decoder_pred."), ("encoder.", "")]
     return {next(name.replace(a, b, 1) for a, b in parts if name.startswith(a)): of(v) for name, v in m.state_dict(keep_vars=True).items()}
 
 
@@ -250,7 +250,7 @@ def test_miram_is_its_description(form):
     x, noise = torch.rand(3, 3, size, size, dtype=torch.float64), torch.rand(3, n, dtype=torch.float64)
     model, decoder = form.get("model", SHAPE), form.get("decoder", DECODER)
     low, high, mask, wanted = plain_miram(w, normalize(x), noise, model.patch_size, model.num_heads, decoder.num_heads, m.n_visible)
-    visible, masked = split_tokens(noise, m.n_visible)
+    visible, masked = random_masking(noise, m.n_visible)
     out, parts = m.forward_scales(x, visible, masked, ["all", "all"]), m.loss_on(x, visible, masked)
     for (ids, pred), theirs in zip(out.values(), (low, high)): assert (in_order(pred, ids) - theirs).abs().max() < 1e-12
     assert torch.equal(torch.zeros_like(noise).scatter(1, masked, 1.), mask) and abs(parts["loss"] - wanted) < 1e-12
@@ -299,8 +299,8 @@ def test_every_switch_of_miram_trains(switch):
     "The loss falls on one batch, every weight is reached, and a step from tiles gives the same parts."
     m = miram(**switch)
     tiles = torch.randint(0, 256, (6, 1, 48*m.params.scales[-1], 48*m.params.scales[-1]), dtype=torch.uint8)
-    fine = whole(to_unit(tiles), m.views.image_size)
-    x, ids = whole(fine, 48), m.draw_mask(6, "cpu")
+    fine = center_resize(to_unit(tiles), m.views.image_size)
+    x, ids = center_resize(fine, 48), m.draw_mask(6, "cpu")
     optimizer, losses = torch.optim.AdamW(m.parameters(), 1e-3), []
     for _ in range(15):
         loss = m.loss_on(x, *ids, fine)["loss"]; losses.append(loss.item())
@@ -326,7 +326,7 @@ def test_structure_is_that_of_hidden_patches():
 def test_a_scale_without_weight_teaches_nothing():
     m = miram(weights=[1., 0.])
     m(torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8))["loss"].backward()
-    assert all(p.grad.abs().sum() == 0 for p in m.further.parameters()) and m.pixels.weight.grad.abs().sum() > 0
+    assert all(p.grad.abs().sum() == 0 for p in m.fine_decoders.parameters()) and m.pixels.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("scale", [1, 2, 3])
@@ -496,15 +496,15 @@ def test_compiled_blocks_give_the_gradients_of_plain_ones():
 
 
 def test_collapse_is_told_by_what_the_teacher_says_of_images_not_by_its_entropy():
-    from sdmae.methods.sdmae import said_by
+    from sdmae.methods.sdmae import teacher_statistics
     from sdmae.train.monitor import collapsed
     soft = torch.rand(64).softmax(-1)
     alike, apart = soft.expand(16, 64), torch.rand(16, 64).mul(60).softmax(-1)
-    row = lambda probs: dict(epoch=1) | {k: v.item() for k, v in said_by(probs, torch.tensor(9.)).items()}
+    row = lambda probs: dict(epoch=1) | {k: v.item() for k, v in teacher_statistics(probs, torch.tensor(9.)).items()}
     assert row(alike)["teacher_entropy"] > 4 and "the teacher has collapsed" in collapsed(row(alike))
     assert row(apart)["teacher_entropy"] < 1.5 and collapsed(row(apart)) is None
     assert row(apart)["teacher_information"] <= np.log(16) + 1e-5
-    tokens = said_by(apart.reshape(4, 4, 64), torch.tensor(9.))
-    assert torch.allclose(tokens["teacher_information"], said_by(apart, torch.tensor(9.))["teacher_information"])
+    tokens = teacher_statistics(apart.reshape(4, 4, 64), torch.tensor(9.))
+    assert torch.allclose(tokens["teacher_information"], teacher_statistics(apart, torch.tensor(9.))["teacher_information"])
     silent, _ = heads_after(1, loss_weight=0.)
     assert "teacher_information" not in silent(torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8)), "p = 0 has no teacher to collapse"

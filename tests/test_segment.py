@@ -12,7 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF, InterpolationMode
 
-from sdmae.data.masks import Pair, decode_mask, instances, read_pairs, split_by_group, toy_nuclei
+from sdmae.sources.masks import Pair, decode_mask, instances, read_pairs, split_by_group, toy_nuclei
 from sdmae.evaluate.segment import (STRIDES, Segmenter, SegmentViews, Windows, crop_nearest, fit_segmenter, lift, mirrored, overlaps,
                                     pixel_cells, predict_masks, segment_encoder, segment_groups, segment_scores, sliding, starts)
 from sdmae.evaluate.statistics import draw_weights

@@ -12,7 +12,7 @@ from sdmae.data.records import Record, Source
 from sdmae.data.shards import ShardBatches, Shards, index_shards, main, write_shards
 from sdmae.data.store import fit, prepare
 from sdmae.params import DataParams, OptimParams
-from sdmae.train.batches import Batches, ahead
+from sdmae.train.batches import Batches, prefetch
 from sdmae.train.engine import Trainer
 
 
@@ -93,7 +93,7 @@ def test_a_gpu_decodes_batches(tmp_path):
     smooth = np.repeat(np.repeat(noise(12, 8), 4, 1), 4, 2)
     shards = write_shards(records(smooth), tmp_path/"set", quality=95)
     gpu, cpu = (ShardBatches(shards, 32, 4, device=torch.device(d)) for d in ("cuda", "cpu"))
-    for i, (images,) in enumerate(ahead(gpu, 0)):
+    for i, (images,) in enumerate(prefetch(gpu, 0)):
         assert images.device.type == "cuda" and images.dtype == torch.uint8
         assert (images.cpu().float() - cpu.batch(0, i)[0].float()).abs().mean() < 2
     tar(tmp_path/"bad"/"a.tar", {"good.jpg": jpeg(smooth[0]), "bad.jpg": jpeg(smooth[1])[:300]})
@@ -140,7 +140,7 @@ def test_a_process_reads_few_files_of_another(shards):
 
 def test_a_resumed_epoch_reads_its_group_only(shards, monkeypatch):
     make = lambda: ShardBatches(shards, 16, 10, 5, buffer_mb=0.02)
-    whole, read, asked = [b[0] for b in ahead(make(), 1)], Shards.read, []
+    whole, read, asked = [b[0] for b in prefetch(make(), 1)], Shards.read, []
     monkeypatch.setattr(Shards, "read", lambda self, ranges: asked.append(ranges) or read(self, ranges))
     late = make()
     assert torch.equal(late.batch(1, 13)[0], whole[13])
@@ -152,14 +152,14 @@ def test_each_group_is_read_once(shards, monkeypatch):
     read, asked = Shards.read, []
     monkeypatch.setattr(Shards, "read", lambda self, ranges: asked.append(ranges) or read(self, ranges))
     b = ShardBatches(shards, 16, 7, buffer_mb=0.02)
-    for epoch in range(3): list(ahead(b, epoch))
+    for epoch in range(3): list(prefetch(b, epoch))
     b.reader.shutdown()
     assert asked == [g for epoch in range(3) for g in b.groups(epoch)] + b.groups(3)[:1]
 
 def test_read_ahead_gives_the_same(shards):
     make = lambda: ShardBatches(shards, 16, 10, buffer_mb=0.02)
     plain = make()
-    for (a,), i in zip(ahead(make(), 0, 4), range(4, 20), strict=True): assert torch.equal(a, plain.batch(0, i)[0])
+    for (a,), i in zip(prefetch(make(), 0, 4), range(4, 20), strict=True): assert torch.equal(a, plain.batch(0, i)[0])
 
 class Slope(nn.Module):
     def __init__(self, stop=None): super().__init__(); self.w, self.steps, self.stop = nn.Parameter(torch.zeros(1)), 0, stop
@@ -269,7 +269,7 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, form, damage):
     files[f"key4.{suffix}"] = damage(files[f"key4.{suffix}"])
     tar(tmp_path/"a.tar", files)
     batches = ShardBatches(index_shards(tmp_path), 16, 3)
-    with pytest.raises(ValueError, match=rf"a.tar: key4.{suffix}: truncated.*Replace the file.*index"): list(ahead(batches, 0))
+    with pytest.raises(ValueError, match=rf"a.tar: key4.{suffix}: truncated.*Replace the file.*index"): list(prefetch(batches, 0))
 
 def test_an_image_too_long_to_be_squared_is_named(tmp_path):
     tar(tmp_path/"a.tar", {"strip.png": jpeg(noise(1, 64)[0,:8].copy(), "PNG")})

@@ -151,11 +151,11 @@ def mae_checkpoint(seed=0, miram=False):
     ours = (MIRAM(MIRAMParams(decoder=DECODER, optim=OPTIM), SHAPE, 32) if miram else MAE(MAEParams(decoder=DECODER, optim=OPTIM), SHAPE, 32)).eval()
     for p in ours.parameters(): torch.nn.init.normal_(p, std=0.1)
     theirs = {"cls_token": "encoder.cls_token", "pos_embed": "encoder.pos_embed", "mask_token": "decoder.mask_token", "decoder_pos_embed": "decoder.pos_embed"}
-    if miram: theirs |= {"highres_decoder_pos_embed": "further.0.pos_embed"}
+    if miram: theirs |= {"highres_decoder_pos_embed": "fine_decoders.0.pos_embed"}
     for a, b in (("patch_embed.proj", "encoder.patch_embed.proj"), ("norm", "encoder.norm"), ("decoder_embed", "decoder.embed"), ("decoder_norm", "decoder.norm"), ("decoder_pred", "pixels"),
-                 *[("highres_decoder_norm", "further.0.norm"), ("highres_decoder_pred", "further.0.pixels")]*miram):
+                 *[("highres_decoder_norm", "fine_decoders.0.norm"), ("highres_decoder_pred", "fine_decoders.0.pixels")]*miram):
         theirs |= {f"{a}.{w}": f"{b}.{w}" for w in ("weight", "bias")}
-    for a, b in (("blocks", "encoder.blocks"), ("decoder_blocks", "decoder.blocks"), *[("highres_decoder_blocks", "further.0.blocks")]*miram):
+    for a, b in (("blocks", "encoder.blocks"), ("decoder_blocks", "decoder.blocks"), *[("highres_decoder_blocks", "fine_decoders.0.blocks")]*miram):
         theirs |= {f"{a}.{i}.{part}.{w}": f"{b}.{i}.{part}.{w}" for i in range(2) for w in ("weight", "bias")
                    for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")}
     state = ours.state_dict()
@@ -211,8 +211,8 @@ def test_miram_whole(tmp_path):
     with torch.no_grad(): a, b = ours.loss_on(x, *mask), theirs.loss_on(x, *mask)
     assert all(torch.equal(a[k], b[k]) for k in ("loss", "loss_1", "loss_2"))
     mae = MAE(MAEParams(decoder=DECODER, optim=OPTIM), SHAPE, 32)
-    with pytest.raises(ValueError, match="does not fit this MAE.*unknown: .'further.0"): load_method(mae, state, "miram.pth")
-    with pytest.raises(ValueError, match="does not fit this MIRAM. Missing: .'further.0"): load_method(ours, mae_checkpoint()[1], "mae.pth")
+    with pytest.raises(ValueError, match="does not fit this MAE.*unknown: .'fine_decoders.0"): load_method(mae, state, "miram.pth")
+    with pytest.raises(ValueError, match="does not fit this MIRAM. Missing: .'fine_decoders.0"): load_method(ours, mae_checkpoint()[1], "mae.pth")
     assert encoder_weights(ours.state_dict())[0] == "own"
 
 

@@ -149,7 +149,7 @@ def list_images(
 def is_synthetic(
     place:Path # a folder or a zip
 )->bool:
-    "Whether the data says of itself that it was made by `sdmae.data.sample`."
+    "Whether the data says of itself that it was made by `sdmae.sample.tissue`."
     if place.is_dir(): return (place/"SYNTHETIC.txt").is_file()
     return open_zip(place).comment.decode(errors="replace") == SYNTHETIC
 

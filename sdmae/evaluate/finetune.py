@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from timm.data import Mixup
 from timm.optim import param_groups_layer_decay
 from ..params import FinetuneParams
-from ..views.augment import MEAN, STD, Views, normalize, to_unit, whole
+from ..views.augment import MEAN, STD, Views, normalize, to_unit, center_resize
 from ..models.vit import Encoder
 from ..train.batches import Batches
 from ..train.engine import Trainer, Callback, autocast
-from .features import resting
+from .features import in_eval_mode
 from .statistics import LabelScores, scores
 
 # %% ../../nbs/evaluate/finetune.ipynb #c005
@@ -103,9 +103,9 @@ def predict(
 )->np.ndarray:             # (n, classes) float64
     "Probabilities of the classes, without views; of several labels each has its own."
     device, rows = next(classifier.parameters()).device, []
-    with resting(classifier), autocast(device, precision):
+    with in_eval_mode(classifier), autocast(device, precision):
         for i in range(0, len(idx), batch_size):
-            x = whole(to_unit(store.batch(idx[i:i+batch_size]).to(device)), classifier.encoder.image_size, classifier.crop)
+            x = center_resize(to_unit(store.batch(idx[i:i+batch_size]).to(device)), classifier.encoder.image_size, classifier.crop)
             logits = classifier.logits(x).double()
             rows.append((logits.sigmoid() if classifier.multi else logits.softmax(1)).cpu())
     return torch.cat(rows).numpy()

@@ -21,7 +21,7 @@ from ..views.augment import MEAN, STD, Views, normalize, to_unit
 from ..views.geometry import crop_resize, flip_where, random_boxes, turn
 from ..models.vit import Encoder, load_encoder
 from ..train.engine import Trainer, autocast
-from .features import resting
+from .features import in_eval_mode
 from .statistics import draw_weights, interval
 
 # %% ../../nbs/evaluate/segment.ipynb #c005
@@ -278,7 +278,7 @@ def predict_masks(
 )->list[np.ndarray]:       # (H, W) uint8, 0 or 1
     "The likelier class of every pixel, without views."
     device = next(segmenter.parameters()).device
-    with resting(segmenter), autocast(device, precision):
+    with in_eval_mode(segmenter), autocast(device, precision):
         return [sliding(segmenter.logits, to_unit(im.to(device)), size, stride).argmax(0).byte().cpu().numpy() for im in images]
 
 # %% ../../nbs/evaluate/segment.ipynb #c042

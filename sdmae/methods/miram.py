@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from nystrom_attention import NystromAttention
 from ..params import MIRAMParams, ModelParams, NystromParams
-from ..views.augment import Views, normalize, to_unit, whole
+from ..views.augment import Views, normalize, to_unit, center_resize
 from ..models.vit import position_table, take, xavier_init
 from ..models.decoders import layer_norm, light_blocks, paste, structure_r2
-from .mae import MAE, MaskedAutoencoder, uncoloured, widen
+from .mae import MAE, MaskedAutoencoder, uncoloured, to_float32
 
 # %% ../../nbs/methods/miram.ipynb #c006
 def finer(
@@ -72,7 +72,7 @@ class MIRAM(MAE):
         super().__init__(params, model, image_size)
         self.grid, n_prefix = image_size//model.patch_size, self.encoder.num_prefix_tokens
         if params.target == "native": self.views = Views(params.views, image_size*params.scales[-1])
-        self.further = nn.ModuleList([ScaleDecoder(s, params, self.grid, n_prefix, model.patch_size, model.mlp_ratio) for s in params.scales[1:]])
+        self.fine_decoders = nn.ModuleList([ScaleDecoder(s, params, self.grid, n_prefix, model.patch_size, model.mlp_ratio) for s in params.scales[1:]])
 
 # %% ../../nbs/methods/miram.ipynb #c019
 def in_order(
@@ -94,11 +94,11 @@ def forward_scales(self:MIRAM,
     ids = {s: finer(both if which == "all" else masked, self.grid, s) for s, which in zip(self.params.scales, patches or self.params.patches)}
     encoded = self.encoder.tokens(normalize(x), visible)
     out = {1: (ids[1], self.pixels(self.decoder(encoded, visible, masked, ids[1].shape[1])))}
-    if not self.further: return out
+    if not self.fine_decoders: return out
     tokens, p = self.decoder.embed(encoded), self.encoder.num_prefix_tokens
     hidden = self.decoder.mask_token.to(tokens.dtype).expand(*masked.shape, -1)
     tokens = torch.cat([tokens[:, :p], in_order(torch.cat([tokens[:, p:], hidden], 1), both)], 1)
-    return out | {d.scale: (ids[d.scale], d.pixels(take(d(tokens), ids[d.scale]))) for d in self.further}
+    return out | {d.scale: (ids[d.scale], d.pixels(take(d(tokens), ids[d.scale]))) for d in self.fine_decoders}
 
 # %% ../../nbs/methods/miram.ipynb #c021
 @patch
@@ -111,7 +111,7 @@ def image_at(self:MIRAM,
     if scale == 1: return x
     if self.params.target == "upsampled": return F.interpolate(x, scale_factor=scale, mode="nearest")
     if fine is None: raise ValueError("target: native needs the view at its finest scale, fine")
-    return whole(fine, x.shape[-1]*scale)
+    return center_resize(fine, x.shape[-1]*scale)
 
 # %% ../../nbs/methods/miram.ipynb #c022
 @patch
@@ -123,7 +123,7 @@ def loss_on(self:MIRAM,
     "Weighted sum of each scale's mean squared error."
     total, parts = 0, {}
     for (s, (ids, pred)), weight in zip(self.forward_scales(x, visible, masked).items(), self.params.weights):
-        pred, target, n = widen(pred), self.target(self.image_at(s, x, fine), ids), masked.shape[1]*s**2
+        pred, target, n = to_float32(pred), self.target(self.image_at(s, x, fine), ids), masked.shape[1]*s**2
         parts[f"loss_{s}"] = loss = (pred - target).square().mean()
         parts["structure_r2" if s == 1 else f"structure_r2_{s}"] = structure_r2(pred[:, -n:], target[:, -n:])
         total = total + weight*loss
@@ -138,7 +138,7 @@ def forward(self:MIRAM,
     if side < size > self.encoder.image_size:
         raise ValueError(f"target: native with scales {self.params.scales} of {self.encoder.image_size} px needs tiles of {size} px, these have {side}: raise data.image_size, or use target: upsampled")
     fine = self.views(images)
-    x = whole(fine, self.encoder.image_size)
+    x = center_resize(fine, self.encoder.image_size)
     return self.loss_on(x, *self.draw_mask(len(x), x.device), fine)
 
 # %% ../../nbs/methods/miram.ipynb #c029
@@ -150,7 +150,7 @@ def reconstruct(self:MIRAM,
 )->dict:           # MAE's pictures; for each further scale s original_s and reconstruction_s: (B, 3, s·H, s·W) in [0, 1]
     "What the model makes of hidden patches, at every scale; no views are drawn."
     pictures = MaskedAutoencoder.reconstruct(self, images, seed)
-    x, fine = pictures["original"], whole(to_unit(images), self.views.image_size)
+    x, fine = pictures["original"], center_resize(to_unit(images), self.views.image_size)
     ids = self.draw_mask(len(x), x.device, torch.Generator(x.device).manual_seed(seed))
     for s, (counted, pred) in list(self.forward_scales(x, *ids).items())[1:]:
         original = self.image_at(s, x, fine)

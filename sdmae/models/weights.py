@@ -107,7 +107,7 @@ def our_state(weights:dict)->dict: # the release's names → ours
 # %% ../../nbs/models/weights.ipynb #c018
 MAE_NAMES = dict(mask_token="decoder.mask_token", decoder_pos_embed="decoder.pos_embed", decoder_embed="decoder.embed",
                  decoder_blocks="decoder.blocks", decoder_norm="decoder.norm", decoder_pred="pixels",
-                 **{f"highres_decoder_{theirs}": f"further.0.{ours}" for theirs, ours in dict(pos_embed="pos_embed", blocks="blocks", norm="norm", pred="pixels").items()})
+                 **{f"highres_decoder_{theirs}": f"fine_decoders.0.{ours}" for theirs, ours in dict(pos_embed="pos_embed", blocks="blocks", norm="norm", pred="pixels").items()})
 
 def our_mae_name(name:str)->str: # facebookresearch's name → ours
     "Translate the name of a weight of facebookresearch/mae, or of MIRAM's release."

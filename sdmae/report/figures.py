@@ -20,7 +20,7 @@ import torch
 from sklearn.manifold import TSNE
 
 from ..evaluate.statistics import LOWER_IS_BETTER
-from .tables import (ENCODERS, METRIC_NAMES, PROTOCOLS, VARIANTS, ablation, changes_text, labels_name, place,
+from .tables import (ENCODERS, METRIC_NAMES, PROTOCOLS, VARIANTS, ablation, changes_text, labels_name, sort_key,
                                  spread_text, summarise, value_text)
 
 # %% ../../nbs/report/figures.ipynb #c005
@@ -128,7 +128,7 @@ def top_down(
     encoders
 )->list[str]:
     "Encoders as figures list them: the last known first, the variants of a method below it."
-    order = sorted(encoders, key=lambda e: place(e, ENCODERS))
+    order = sorted(encoders, key=lambda e: sort_key(e, ENCODERS))
     family = {e: VARIANTS[e].of if e in VARIANTS else e for e in order}
     return [e for base in dict.fromkeys(reversed(family.values())) for e in order if family[e] == base]
 
@@ -137,7 +137,7 @@ def _story_rows(
 )->list[tuple]:    # (protocol, encoder, y); a free row between two protocols
     "Where each encoder stands, from top to bottom."
     rows, y = [], 0
-    for protocol in sorted(s.protocol.unique(), key=lambda p: place(p, PROTOCOLS)):
+    for protocol in sorted(s.protocol.unique(), key=lambda p: sort_key(p, PROTOCOLS)):
         for encoder in top_down(s[s.protocol == protocol].encoder.unique()):
             rows.append((protocol, encoder, y)); y += 1
         y += 1.2
@@ -198,7 +198,7 @@ def overview(
     df = df[df.metric == metric]
     if df.empty: raise ValueError(f"overview: no rows for metric {metric}")
     s, guess = with_bars(df), chance(metric, n_classes)
-    rows, labels, limits = _story_rows(s), sorted(s.labels.unique(), key=place), _score_axis(s, guess)
+    rows, labels, limits = _story_rows(s), sorted(s.labels.unique(), key=sort_key), _score_axis(s, guess)
     size = max(4.6, 3 + room(s.encoder)), .28*(rows[-1][2] + 3) + .3
     fig, axes = panels(*grid(len(labels)), *size, f"Frozen and fine-tuned encoders on test tiles: {data}", sharey=True)
     for ax, l in zip(axes.flat, labels):
@@ -238,7 +238,7 @@ def by_label(
     df = df[df.metric.str.fullmatch(r"ap_\d+")]
     if df.empty: raise ValueError("by_label: no average precision of labels; it is scored for tasks other than `label`")
     s = with_bars(df)
-    protocols, there = sorted(s.protocol.unique(), key=lambda p: place(p, PROTOCOLS)), sorted(s.metric.unique(), key=lambda m: int(m[3:]))
+    protocols, there = sorted(s.protocol.unique(), key=lambda p: sort_key(p, PROTOCOLS)), sorted(s.metric.unique(), key=lambda m: int(m[3:]))
     fig, axes = panels(1, len(protocols), 3.6 + room(s.encoder), .3 + .17*len(there)*(s.encoder.nunique() + 1), f"Average precision of each label: {data}", sharey=True)
     for ax, protocol in zip(axes[0], protocols): _label_rows(ax, s[s.protocol == protocol], there, shares, PROTOCOLS.get(protocol, protocol))
     axes[0,0].set_yticks(range(len(there)), [names[int(m[3:])].replace("_", " ").lower() for m in there])
@@ -270,7 +270,7 @@ def label_curve(
     if df.empty: raise ValueError(f"label_curve: no rows for metric {metric}")
     s = with_bars(df)
     s["n"] = [n_all if l == "all" else float(l)*(n_all if float(l) < 1 else 1) for l in s.labels]
-    protocols, encoders = sorted(s.protocol.unique(), key=lambda p: place(p, PROTOCOLS)), s.encoder.unique()
+    protocols, encoders = sorted(s.protocol.unique(), key=lambda p: sort_key(p, PROTOCOLS)), s.encoder.unique()
     size = max(4.2, 3.4 + room(encoders)), max(3, .19*len(encoders) + 1)
     fig, axes = panels(*grid(len(protocols)), *size, f"Labels needed: {data}", sharey=True)
     for ax, p in zip(axes.flat, protocols): _label_panel(ax, s[s.protocol == p].sort_values("n"), p, _score_axis(s, None))
@@ -330,7 +330,7 @@ def ablation_figure(
 ): # figure
     "Score of each value of each switch, a panel per protocol; `ValueError` where no variant of `base` was scored."
     mine = {k: v for k, v in variants.items() if v.of == base}
-    labels = max(df.labels.unique(), key=place) if labels is None else str(labels)
+    labels = max(df.labels.unique(), key=sort_key) if labels is None else str(labels)
     s, df = ablation(df, mine, metric, labels), df[(df.metric == metric) & (df.labels == labels) & df.encoder.isin([base, *mine])]
     s["low"], s["high"] = s.low.where(s.runs == 1, s.value - s.sd), s.high.where(s.runs == 1, s.value + s.sd)
     lines = [line for switch, values in _switches(mine, base) for line in [(switch, None), *values]]

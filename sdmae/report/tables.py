@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'ENCODERS', 'PROTOCOLS', 'METRIC_NAMES', 'VARIANTS', 'BASELINES', 'METRICS_FILE', 'TRAINED', 'KEYS',
-           'WATCHED', 'SEGMENT_METRICS', 'SHAPES_RESULTS', 'PACKAGES', 'place', 'data_label', 'labels_name', 'Variant',
-           'find_variants', 'value_text', 'changes_text', 'name_variants', 'as_in_tables', 'wanted', 'collect',
-           'summarise', 'spread_text', 'cell', 'results_table', 'to_markdown', 'Predictions', 'read_predictions',
-           'paired_table', 'over_seeds', 'paired_text', 'against_baselines', 'paired_tables', 'ablation',
-           'ablation_table', 'watched_table', 'collect_segments', 'segment_table', 'git_state', 'package_versions',
-           'device_name', 'provenance', 'provenance_table', 'write_tables']
+           'WATCHED', 'SEGMENT_METRICS', 'SHAPES_RESULTS', 'PACKAGES', 'sort_key', 'data_label', 'labels_name',
+           'Variant', 'find_variants', 'value_text', 'changes_text', 'name_variants', 'as_in_tables', 'wanted',
+           'collect', 'summarise', 'spread_text', 'cell', 'results_table', 'to_markdown', 'Predictions',
+           'read_predictions', 'paired_table', 'over_seeds', 'paired_text', 'against_baselines', 'paired_tables',
+           'ablation', 'ablation_table', 'watched_table', 'collect_segments', 'segment_table', 'git_state',
+           'package_versions', 'device_name', 'provenance', 'provenance_table', 'write_tables']
 
 # %% ../../nbs/report/tables.ipynb #c002
 import json
@@ -39,7 +39,7 @@ METRIC_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"
                 "miou": "mIoU", "iou_nucleus": "IoU of nuclei", "dice": "Dice of nuclei"}
 
 # %% ../../nbs/report/tables.ipynb #c006
-def place(
+def sort_key(
     name, # an encoder, a protocol, or a number of labels
     known:dict|tuple=() # names in their order
 )->tuple:
@@ -169,7 +169,7 @@ def _tidy(
     if len(twice):
         e, s, p = twice.iloc[0][["encoder","seed","protocol"]]
         raise ValueError(f"{Path(root)/'metrics'}: two files score {str(e), int(s), str(p)}; delete the older one")
-    order = sorted(range(len(rows)), key=lambda i: (place(rows.labels[i]), place(rows.protocol[i], PROTOCOLS), place(rows.encoder[i], ENCODERS), rows.seed[i]))
+    order = sorted(range(len(rows)), key=lambda i: (sort_key(rows.labels[i]), sort_key(rows.protocol[i], PROTOCOLS), sort_key(rows.encoder[i], ENCODERS), rows.seed[i]))
     return rows.iloc[order].reset_index(drop=True)
 
 # %% ../../nbs/report/tables.ipynb #c023
@@ -225,7 +225,7 @@ def results_table(
     bold:bool=False  # mark the best of each column, per number of labels, for Markdown
 )->pd.DataFrame:     # rows (labels, encoder), a column per protocol and metric, text
     "Scores side by side; an empty cell was not run. `ValueError` where nothing is left."
-    protocols = sorted(df.protocol.unique(), key=lambda p: place(p, PROTOCOLS)) if protocols is None else list(protocols)
+    protocols = sorted(df.protocol.unique(), key=lambda p: sort_key(p, PROTOCOLS)) if protocols is None else list(protocols)
     s = summarise(df[df.metric.isin(metrics) & df.protocol.isin(protocols)])
     if s.empty: raise ValueError(f"results_table: no rows for metrics {list(metrics)} and protocols {list(protocols)}")
     s["text"] = [cell(r) for r in s.itertuples()]
@@ -234,7 +234,7 @@ def results_table(
         best = good == good.groupby([s.labels, s.protocol, s.metric]).transform("max")
         s["text"] = s.text.where(~best, "**" + s.text + "**")
     wide = s.pivot(index=["labels","encoder"], columns=["protocol","metric"], values="text").fillna("")
-    rows = sorted(wide.index, key=lambda r: (place(r[0]), place(r[1], ENCODERS)))
+    rows = sorted(wide.index, key=lambda r: (sort_key(r[0]), sort_key(r[1], ENCODERS)))
     wide = wide.loc[rows, [c for c in ((p, m) for p in protocols for m in metrics) if c in wide.columns]]
     wide.columns = [f"{PROTOCOLS.get(p, p)}, {METRIC_NAMES.get(m, m)}" for p, m in wide.columns]
     return wide.rename(index=labels_name, level="labels").rename(index=lambda e: ENCODERS.get(e, e), level="encoder")
@@ -301,7 +301,7 @@ def paired_table(
     keys = {(p, l) for p, l, e, s in predictions.files if e == a and (p, l, b, s) in predictions.files}
     if not keys: raise ValueError(f"paired_table: {a} and {b} share no protocol; encoders there are {sorted({k[2] for k in predictions.files})}")
     rows, names = [], dict(pair=f"{ENCODERS.get(a, a)} − {ENCODERS.get(b, b)}", a=a, b=b)
-    for protocol, labels in sorted(keys, key=lambda k: (place(k[1]), place(k[0], PROTOCOLS))):
+    for protocol, labels in sorted(keys, key=lambda k: (sort_key(k[1]), sort_key(k[0], PROTOCOLS))):
         runs_a, runs_b = predictions.runs(protocol, labels, a), predictions.runs(protocol, labels, b)
         pairs = {k: (runs_a[k], runs_b[k]) for k in runs_a if k in runs_b}
         rows += _paired_rows(predictions.targets, pairs, groups, n, seed, scorer, **names, labels=labels, protocol=protocol)
@@ -383,12 +383,12 @@ def ablation(
     labels:str=None  # the most there are by default
 )->pd.DataFrame: # of, encoder, protocol, value, sd, runs, low, high, difference (nan for the method itself), difference_sd
     "Scores of each method that has variants, and of these, with the mean difference over shared seeds and subsets."
-    labels = max(df.labels.unique(), key=place) if labels is None else str(labels)
+    labels = max(df.labels.unique(), key=sort_key) if labels is None else str(labels)
     df = df[(df.metric == metric) & (df.labels == labels)]
     s, frames = summarise(df), []
     for base in dict.fromkeys(v.of for v in variants.values()):
         mine = [base] + [k for k, v in variants.items() if v.of == base]
-        for protocol in sorted(df.protocol.unique(), key=lambda p: place(p, PROTOCOLS)):
+        for protocol in sorted(df.protocol.unique(), key=lambda p: sort_key(p, PROTOCOLS)):
             runs = df[df.protocol == protocol].pivot(index=["seed","subset"], columns="encoder", values="value").reindex(columns=mine)
             there, d = [e for e in mine if runs[e].notna().any()], runs.sub(runs[base], axis=0)
             if not there: continue
@@ -424,7 +424,7 @@ def watched_table(
     made:dict # (method, seed) -> what its encoder's configuration says under "made": `last` row of numbers, `notes`
 )->pd.DataFrame: # a row per run that was trained, text; empty where none was
     "What was watched, at the end of each pre-training."
-    runs = sorted(made, key=lambda r: (place(r[0], ENCODERS), r[1]))
+    runs = sorted(made, key=lambda r: (sort_key(r[0], ENCODERS), r[1]))
     numbers = lambda last: {name: f"{last[k]:.3g}" if last.get(k) is not None else "" for k, name in WATCHED.items()}
     rows = [{"method": ENCODERS.get(m, m), "seed": s} | numbers(last) | {"warnings": "; ".join(note.split(":")[0] for note in made[m, s].get("notes", []))} for m, s in runs if (last := made[m, s].get("last"))]
     table = pd.DataFrame(rows)
@@ -511,7 +511,7 @@ def provenance_table(
 def _markdown_page(df, data, paired, facts, more)->str:
     "The Markdown page of all tables."
     parts = [f"# Results: {data}\n", f"Test tiles; {spread_text(df)}; best in bold.\n", to_markdown(results_table(df, bold=True))]
-    for p in sorted(df.protocol.unique(), key=lambda p: place(p, PROTOCOLS)):
+    for p in sorted(df.protocol.unique(), key=lambda p: sort_key(p, PROTOCOLS)):
         parts += [f"## {data}: {PROTOCOLS.get(p, p)}, all scores\n", to_markdown(results_table(df, METRIC_NAMES, [p], bold=True).rename(columns=lambda c: c.rpartition(", ")[2]))]
     if paired is not None: parts += [f"## {data}: paired differences\n", to_markdown(paired_text(paired, lead=["pair"]))]
     for title, table in more.values(): parts += [f"## {data}: {title}\n", to_markdown(table)]

@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from tqdm import tqdm
 from timm.optim import Lars, param_groups_weight_decay
 from ..params import OptimParams
-from ..views.draws import place
-from .batches import Batches, ahead
+from ..views.draws import rank_and_world
+from .batches import Batches, prefetch
 from .checkpoint import save_checkpoint, load_checkpoint
 
 # %% ../../nbs/train/engine.ipynb #c005
@@ -104,7 +104,7 @@ class Trainer:
         groups = groups or param_groups_weight_decay(model, optim.weight_decay, getattr(model, "no_weight_decay", ()))
         self.optimizer = make_optimizer(groups, optim, self.peak)
         self.step, self.history, self.sums, self.learned = 0, [], {}, False
-        self.rank, self.world = place()
+        self.rank, self.world = rank_and_world()
         # static: parameters without a gradient in the first step never get one (SD-MAE's detached teacher)
         self.network = DistributedDataParallel(model, static_graph=True) if self.world > 1 else model
 
@@ -167,7 +167,7 @@ def train_epoch(self:Trainer, epoch:int, bar):
     "The rest of one epoch, from the step where the run stands."
     self.model.train()
     start, first = time.perf_counter(), self.step % len(self.batches)
-    for i, batch in enumerate(ahead(self.batches, epoch, first), first):
+    for i, batch in enumerate(prefetch(self.batches, epoch, first), first):
         lr = self.train_step(batch)
         bar.update(self.batches.batch_size)
         last = i == len(self.batches) - 1
