@@ -8,6 +8,8 @@ PYTHON ?= python3
 SIZE   ?= quick
 # processes that test, one thread each: as many as cores, but no more than eight, each of which takes a gigabyte
 JOBS   ?= $(shell n=`nproc`; echo $$((n < 8 ? n : 8)))
+# encoders that run side by side in `make repro`, threads shared out; 0: as many as cores, at most four
+SIDE   ?= 0
 VENV   := $(CURDIR)/.venv
 STAMP  := $(VENV)/.set-up
 export PATH := $(VENV)/bin:$(PATH)
@@ -31,8 +33,8 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 
 repro: setup ## fetch the bundled sample and run the pipeline
 	dvc pull data.dvc
-	dvc repro
-	@echo && echo "The comparisons: reports/comparison/index.html, reports/lesions/index.html   (tables: dvc metrics show metrics/summary, curves: dvc plots show)"
+	python -m sdmae.pipeline repro --jobs $(SIDE)
+	@echo && echo "The comparisons: reports/tissue/index.html, reports/lesions/index.html   (tables: dvc metrics show metrics/tissue, curves: dvc plots show)"
 
 test: setup ## the library's notebooks and the tests: also that notebooks, library, README and params.yaml agree
 	OMP_NUM_THREADS=1 nbdev_test --path nbs --skip_folder_re '^[_.]' --skip_file_re '^([_.0-9]|speed|growth)' --n_workers $(JOBS) --do_print
@@ -41,8 +43,8 @@ test: setup ## the library's notebooks and the tests: also that notebooks, libra
 bench: setup ## speed beside other libraries, and cost as work grows; SIZE=full for a GPU
 	python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	for page in speed growth; do \
-	  python -m sdmae.notebooks run nbs/bench/$$page.ipynb reports/bench/$(SIZE)/$$page.ipynb -p size $(SIZE) -p metrics nbs/bench/results/$(SIZE)_$$page.json && \
-	  python -m sdmae.notebooks html reports/bench/$(SIZE)/$$page.ipynb reports/bench/$(SIZE)/$$page.html || exit 1; \
+	  python -m sdmae.pipeline run nbs/bench/$$page.ipynb reports/bench/$(SIZE)/$$page.ipynb -p size $(SIZE) -p metrics nbs/bench/results/$(SIZE)_$$page.json && \
+	  python -m sdmae.pipeline html reports/bench/$(SIZE)/$$page.ipynb reports/bench/$(SIZE)/$$page.html || exit 1; \
 	done
 	@echo && echo "The benchmark: reports/bench/$(SIZE)/speed.html and growth.html   (numbers: nbs/bench/results)"
 
@@ -50,10 +52,10 @@ lab: setup ## JupyterLab on nbs/
 	cd nbs && jupyter lab
 
 readme: setup ## README.md from nbs/index.ipynb
-	python -m sdmae.notebooks readme
+	python -m sdmae.pipeline readme
 
 params: setup ## params.yaml from conf/, after an edit there
-	python -c 'import yaml; from sdmae.params import compose; print(yaml.safe_dump(compose(), sort_keys=False), end="")' > params.new
+	python -c 'import yaml; from sdmae.params import compose; print(yaml.safe_dump(compose(), sort_keys=False, width=1000), end="")' > params.new
 	mv params.new params.yaml
 
 clean: ## stripped notebooks and caches; runs, reports and data stay

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block
 from sdmae.bench.measure import SETTINGS, complete, count, enter, setting
 from sdmae.bench.peers import PEERS, Transcription, contestant
 from sdmae.methods.sdmae import SDMAE
-from sdmae.notebooks import run
+from sdmae.pipeline.run import run
 from sdmae.params import compose, parse_params, project_root
 
 SMALL = parse_params(compose(["data.image_size=32", "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "+method@method.miram=miram_small"]))

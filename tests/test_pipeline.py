@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from sdmae.notebooks import read_notebook, source, write_notebook
+from sdmae.params import eval_of, run_of
+from sdmae.pipeline.code import read_notebook, source, write_notebook
 
 ROOT = Path(__file__).parents[1]
 if not (shutil.which("git") and (ROOT/".git").exists()):
@@ -14,14 +15,13 @@ if not (shutil.which("git") and (ROOT/".git").exists()):
 
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg",
        "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b.c", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b.c"}
-TINY = """data.limit=90 data.image_size=32 model.embed_dim=24 model.depth=2 model.num_heads=2
-pretrain.epochs=1 pretrain.batch_size=32 pretrain.watch_every=1 probe.labels=[30,all] probe.neighbours=[1,5] probe.C=[0.01,1.0]
-methods=[random,mae,sdmae,sdmae_detach] +method.sdmae_detach={of:sdmae,detach_teacher:true} probe.subsets=2
-finetune.labels=[30,all] finetune.epochs=1 finetune.min_steps=2 finetune.batch_size=32
-lesions.data.limit=150 lesions.model.embed_dim=24 lesions.model.depth=2 lesions.model.num_heads=2 lesions.methods=[random,mae,miram] lesions.tasks=[margins]
-lesions.pretrain.epochs=1 lesions.pretrain.batch_size=32 lesions.pretrain.watch_every=1 lesions.probe.neighbours=[1,5] lesions.probe.C=[0.01,1.0]
-lesions.finetune.epochs=2 lesions.finetune.min_steps=2 lesions.finetune.batch_size=32
-references=[histogram,natural] natural.image_size=32 report.bootstrap=20 report.tsne_tiles=60 device=cpu precision=float32""".split()
+TINY = """data.tissue.limit=90 data.tissue.image_size=32 data.lesions.limit=150 model.embed_dim=24 model.depth=2 model.num_heads=2
+compare.tissue.encoders=[random,histogram,natural,supervised,mae,sdmae,sdmae_detach] +encoder.sdmae_detach={of:sdmae,detach_teacher:true} encoder.natural.image_size=32
+compare.lesions.encoders=[lesion_random,lesion_histogram,lesion_mae,lesion_miram] compare.lesions.pairs=[[lesion_miram,lesion_mae]] compare.lesions.tasks=[margins]
+pretrain.tissue.epochs=1 pretrain.tissue.batch_size=32 pretrain.tissue.watch_every=1 pretrain.supervised.epochs=1 pretrain.lesions.epochs=1
+probe.few.labels=[30,all] probe.few.neighbours=[1,5] probe.few.C=[0.01,1.0] probe.few.subsets=2
+finetune.few.labels=[30,all] finetune.few.epochs=1 finetune.few.min_steps=2 finetune.few.batch_size=32 finetune.lesions.epochs=2
+report.bootstrap=20 report.tsne_tiles=60 device=cpu precision=float32""".split()
 
 
 def sh(folder, *command, fails=False):
@@ -58,7 +58,7 @@ def saved(path, prose=True, code=None):
     write_notebook(nb, path)
 
 
-RESULTS = ("data/prepared", "runs", "evals", "lesions", "metrics", "reports")
+RESULTS = ("stores", "runs", "evals", "metrics", "reports")
 
 def contents(folder, within=RESULTS):
     "Every result and when it was written."
@@ -95,51 +95,59 @@ def work(clone):
 def params(folder): return yaml.safe_load((folder/"params.yaml").read_text())
 
 
+def will_run(folder):
+    "The stages that would run once the plan is made anew."
+    sh(folder, "dvc", "repro", "plan")
+    return repro(folder, "--dry")
+
+
+def kinds(stages): return {o.split("@")[0] for o in stages}
+
+
 # What it leaves
 
 def test_parameters_are_those_composed(work):
-    assert params(work)["model"]["embed_dim"] == 24 and params(work)["probe"]["labels"] == [30, "all"]
+    assert params(work)["model"]["embed_dim"] == 24 and params(work)["probe"]["few"]["labels"] == [30, "all"]
 
 
 def test_results(work):
-    p = params(work)
-    for seed in p["seeds"]:
-        for o in p["methods"]:
-            for f in ("encoder.safetensors", "config.json", "notebook.ipynb"): assert (work/"runs"/f"{o}-{seed}"/f).is_file(), (o, f)
-        for protocol, encoders in dict(finetune=p["methods"], probe=[*p["methods"], "supervised", "histogram", "natural"]).items():
-            for o in encoders:
-                assert (work/"evals"/protocol/f"{o}-{seed}"/"predictions.npz").is_file(), (protocol, o)
-                assert json.loads((work/"metrics"/f"{protocol}-{o}-{seed}.json").read_text()), (protocol, o)
+    "Every encoder is there, and every score that applies; baselines are encoders like the rest."
+    for study, c in params(work)["compare"].items():
+        for e in c["encoders"]:
+            for f in ("encoder/encoder.safetensors", "encoder/config.json", "made.json", "notebook.ipynb"): assert (work/run_of(study, e, 0)/f).is_file(), (e, f)
+            for t in c["tasks"]:
+                for protocol in ("probe", "finetune"):
+                    found = json.loads((work/eval_of(study, protocol, t, e, 0)/"scores.json").read_text())
+                    applies = protocol == "probe" or e not in ("histogram", "lesion_histogram", "supervised")
+                    assert bool(found["results"]) == applies and (found["encoder"], found["task"], found["seed"]) == (e, t, 0), (protocol, t, e)
+                    assert (work/eval_of(study, protocol, t, e, 0)/"predictions.npz").is_file() == applies
 
 
 def test_scratch_has_two_budgets_and_stands_beside_every_method(work):
-    found = json.loads((work/"metrics"/"finetune-random-0.json").read_text())
-    assert set(found) == {"finetune", "finetune_long"} and all(set(f) == {"30", "all"} for f in found.values())
-    assert set(json.loads((work/"metrics"/"finetune-mae-0.json").read_text())) == {"finetune"}
-    paired = pd.read_csv(work/"reports"/"comparison"/"paired.csv")
-    assert {(a, b) for a, b in zip(paired.a, paired.b)} >= {(m, b) for m in ("mae", "sdmae") for b in ("random", "histogram", "natural", "supervised", "supervised_long")}
-    page = (work/"reports"/"comparison"/"index.html").read_text()
-    assert "95 % over seeds" in page and "Supervised from scratch, longer" in page and "Natural-image weights" in page
+    scores = lambda e: json.loads((work/eval_of("tissue", "finetune", "tissue", e, 0)/"scores.json").read_text())["results"]
+    assert set(scores("random")) == {"finetune", "finetune_long"} and all(set(f) == {"30", "all"} for f in scores("random").values())
+    assert set(scores("mae")) == {"finetune"}
+    paired = pd.read_csv(next((work/"reports"/"tissue").rglob("paired.csv")))
+    assert {(a, b) for a, b in zip(paired.a, paired.b)} >= {(m, b) for m in ("mae", "sdmae") for b in ("random", "histogram", "natural", "supervised", "random_long")}
+    page = (work/"reports"/"tissue"/"index.html").read_text()
+    assert "95 % over seeds" in page and "longer" in page and "Natural-image weights" in page
 
 
 def test_results_of_the_second_comparison(work):
-    p, folder = params(work)["lesions"], work/"lesions"
-    for o in p["methods"]: assert (folder/"runs"/f"{o}-0"/"encoder.safetensors").is_file(), o
-    for task in p["tasks"]:
-        for name in [f"finetune-{o}" for o in p["methods"]] + [f"probe-{o}" for o in (*p["methods"], "histogram")]:
-            for by_labels in json.loads((folder/task/"metrics"/f"{name}-0.json").read_text()).values():
-                entry = by_labels["all"]
-                assert 0 <= entry["macro_ap"] <= 1 and {"ap_0", "released_macro_ap"} <= set(entry) and entry["intervals"]["macro_auc"][0] <= entry["macro_auc"], (task, name)
+    for e in params(work)["compare"]["lesions"]["encoders"]:
+        for by_labels in json.loads((work/eval_of("lesions", "probe", "margins", e, 0)/"scores.json").read_text())["results"].values():
+            entry = by_labels["all"][0] if isinstance(by_labels["all"], list) else by_labels["all"]
+            assert 0 <= entry["macro_ap"] <= 1 and {"ap_0", "released_macro_ap"} <= set(entry) and entry["intervals"]["macro_auc"][0] <= entry["macro_auc"], e
     page = (work/"reports"/"lesions"/"index.html").read_text()
-    assert "synthetic" in page and "MIRAM" in page and (work/"reports"/"lesions"/"reconstructions_miram.png").is_file()
+    assert "synthetic" in page and "MIRAM" in page and (work/"reports"/"lesions"/"reconstructions_lesion_miram.png").is_file()
 
 
 def test_the_report_says_what_it_is_made_on(work):
-    folder = work/"reports"/"comparison"
+    folder = work/"reports"/"tissue"
     page = (folder/"index.html").read_text()
-    assert "synthetic sample" in page and "<img" in page and list(folder.glob("*.md")) and list(folder.glob("*.csv")) and list(folder.glob("*.png"))
-    assert "What each switch does" in page and (folder/"ablation_sdmae.png").is_file()
-    assert (work/"reports"/"data"/"contact_sheet.png").is_file() and json.loads((work/"metrics"/"data.json").read_text())["counts"]
+    assert "synthetic sample" in page and "<img" in page and list(folder.rglob("*.md")) and list(folder.rglob("*.csv")) and list(folder.rglob("*.png"))
+    assert "What each switch does" in page and list(folder.rglob("ablation_sdmae.png"))
+    assert (work/"reports"/"data"/"tissue"/"contact_sheet.png").is_file() and json.loads((work/"metrics"/"data"/"tissue.json").read_text())["counts"]
 
 
 def test_metrics_and_plots_are_found(work, tmp_path):
@@ -151,7 +159,7 @@ def test_metrics_and_plots_are_found(work, tmp_path):
 
 
 def test_executed_notebooks_have_their_prose(work):
-    for path in sorted((work/"runs").glob("*/notebook.ipynb")):
+    for path in sorted((work/"runs").glob("*/*/notebook.ipynb")):
         cells = read_notebook(path)["cells"]
         assert cells[0]["cell_type"] == "markdown" and any(c.get("execution_count") for c in cells), path
 
@@ -171,84 +179,181 @@ def test_again_does_nothing(work):
 
 
 def test_a_parameter_of_sdmae_reruns_no_mae(work):
-    edit_params(work, method__sdmae__loss_weight=0.35)
-    assert repro(work, "--dry") == ["check"] + [f"pretrain@sdmae-{s}" for s in params(work)["seeds"]]
-    sh(work, "dvc", "repro", "check") # it resolves variants
-    assert repro(work, "--dry") == [f"pretrain@{m}-{s}" for m in ("sdmae", "sdmae_detach") for s in params(work)["seeds"]]
+    edit_params(work, encoder__sdmae__loss_weight=0.35)
+    said = sh(work, "dvc", "repro", "plan")
+    assert "encoders sdmae: section.loss_weight: 0.2 → 0.35" in said and "encoders mae" not in said
+    assert repro(work, "--dry") == ["pretrain@tissue-sdmae-0", "pretrain@tissue-sdmae_detach-0"]
 
 
 def test_a_parameter_of_a_variant_reruns_the_variant(work):
-    edit_params(work, method__sdmae_detach__center_on="logits")
-    assert repro(work, "--dry") == ["check"] + [f"pretrain@sdmae_detach-{s}" for s in params(work)["seeds"]]
+    edit_params(work, encoder__sdmae_detach__center_on="logits")
+    assert will_run(work) == ["pretrain@tissue-sdmae_detach-0", "report@tissue"]
 
 
 def test_an_edit_of_a_method_reruns_what_loads_it(work):
     saved(work/"nbs"/"methods"/"sdmae.ipynb", code="#| export\nEDITED = True")
     sh(work, "nbdev_export")
-    sh(work, "dvc", "repro", "check")
-    assert repro(work, "--dry") == [f"pretrain@{m}-{s}" for m in ("sdmae", "sdmae_detach") for s in params(work)["seeds"]]
+    assert "code of sdmae/methods/sdmae.py" in sh(work, "dvc", "repro", "plan")
+    assert repro(work, "--dry") == ["pretrain@tissue-sdmae-0", "pretrain@tissue-sdmae_detach-0"]
+
+
+def test_a_comment_or_a_docstring_reruns_nothing(work):
+    path = work/"nbs"/"methods"/"masked.ipynb"
+    nb = read_notebook(path)
+    cell = next(c for c in nb["cells"] if "class MaskedAutoencoder" in source(c))
+    cell["source"] = re.sub(r'"([A-Z][^"]+)"', r'"\1 And more."', source(cell), count=1) + "\n# a remark"
+    write_notebook(nb, path)
+    sh(work, "nbdev_export")
+    assert "And more." in (work/"sdmae"/"methods"/"masked.py").read_text() and will_run(work) == []
 
 
 def test_a_parameter_of_miram_reruns_miram(work):
-    edit_params(work, lesions__method__miram__target="native")
-    assert repro(work, "--dry") == ["check", "lesions_pretrain@miram-0"]
+    edit_params(work, encoder__lesion_miram__target="native")
+    assert will_run(work) == ["lesions_pretrain@lesions-lesion_miram-0"]
+
+
+def test_one_parameter_by_S_reruns_its_encoder(work):
+    said = sh(work, "dvc", "exp", "run", "--dry", *(o for x in [*TINY, "encoder.mae.mask_ratio=0.6"] for o in ("-S", x)))
+    assert re.findall(r"Running stage '([^']+)'", said) == ["check", "plan"], "what follows is known when the plan is made"
 
 
 def test_the_budget_reruns_every_pretraining_and_no_preparation(work):
-    edit_params(work, pretrain__epochs=2)
-    assert {o.split("@")[0] for o in repro(work, "--dry")} == {"check", "pretrain"}
+    edit_params(work, pretrain__tissue__epochs=2)
+    assert {*will_run(work)} == {f"pretrain@tissue-{e}-0" for e in ("mae", "sdmae", "sdmae_detach")} | {"report@tissue"}
 
 
 def test_parameters_of_fine_tuning_rerun_no_pretraining(work):
-    edit_params(work, finetune__label_smoothing=0.2)
-    assert {o.split("@")[0] for o in repro(work, "--dry")} == {"check", "finetune"}
+    edit_params(work, finetune__few__label_smoothing=0.2)
+    again = will_run(work)
+    assert kinds(again) == {"evaluate"} and all("-finetune-" in o for o in again)
 
 
 def test_parameters_of_the_report_rerun_the_report(work):
     edit_params(work, report__bootstrap=30)
-    assert sorted(repro(work, "--dry")) == ["check", "lesions_report", "report"]
+    assert sorted(will_run(work)) == ["report@lesions", "report@tissue"]
 
 
 def test_editing_a_figure_reruns_no_training(work):
     saved(work/"nbs"/"report"/"figures.ipynb", code="#| export\nACCENT = 'tab:red'")
     sh(work, "nbdev_export")
-    assert "ACCENT" in (work/"sdmae"/"report"/"figures.py").read_text()
-    assert sorted(repro(work, "--dry")) == ["lesions_report", "report"]
+    assert sorted(will_run(work)) == ["report@lesions", "report@tissue"]
+
+
+def test_editing_a_probe_reruns_probes(work):
+    saved(work/"nbs"/"evaluate"/"linear.ipynb", code="#| export\nEDITED = True")
+    sh(work, "nbdev_export")
+    again = will_run(work)
+    assert kinds(again) == {"evaluate", "lesions_evaluate"} and all("-probe-" in o for o in again)
 
 
 def test_saving_pipeline_notebooks_reruns_no_training(work):
     before = contents(work)
-    for path in (work/"nbs"/"pipeline").glob("[0-9]*.ipynb"): saved(path, prose=path.stem not in ("60_report", "70_lesions"))
-    assert repro(work) == ["check"] and contents(work) == before
+    for path in (work/"nbs"/"pipeline").glob("[0-9]*.ipynb"): saved(path, prose=not path.stem.endswith("_report"))
+    assert will_run(work) == [] and contents(work) == before
 
 
 def test_the_report_follows_its_prose(work):
     saved(work/"nbs"/"pipeline"/"60_report.ipynb")
-    assert repro(work) == ["check", "report"]
-    assert "An afterthought." in (work/"reports"/"comparison"/"index.html").read_text()
+    assert sorted(will_run(work)) == ["report@lesions", "report@tissue"]
+    sh(work, "dvc", "repro", "report@lesions")
+    assert "An afterthought." in (work/"reports"/"lesions"/"index.html").read_text()
 
 
 def test_saving_library_notebooks_reruns_nothing(work):
     for path in (work/"nbs").glob("*/*.ipynb"):
         if path.parent.name != "pipeline": saved(path)
     sh(work, "nbdev_export")
-    assert repro(work, "--dry") == []
+    assert will_run(work) == []
 
 
 def test_code_of_a_pipeline_notebook_reruns_its_stages(work):
     saved(work/"nbs"/"pipeline"/"30_probe.ipynb", code="1 + 1")
-    sh(work, "dvc", "repro", "check")
-    assert {o.split("@")[0] for o in repro(work, "--dry")} == {"probe", "probe_supervised", "probe_references", "lesions_probe", "lesions_probe_references"}
+    assert all("-probe-" in o for o in will_run(work)) and will_run(work)
+
+
+def test_another_archive_reruns_what_is_made_of_it(work):
+    "Other lesions: their preparation, their encoders, their evaluations; nothing on tissue."
+    edit_params(work, data__lesions__limit=140)
+    assert repro(work, "--dry")[:2] == ["check", "prepare@lesions"]
+    again = will_run(work)
+    assert kinds(again) == {"lesions_pretrain", "lesions_evaluate"}
+
+
+def test_a_new_task_trains_no_encoder(work):
+    edit_params(work, task__more=dict(of="tissue", finetune=None), compare__tissue__tasks=["tissue", "more"])
+    again = will_run(work)
+    assert kinds(again) == {"evaluate", "report"} and all("-more-" in o for o in again if o.startswith("evaluate"))
+
+
+def test_a_new_encoder_runs_its_own_stages(work):
+    edit_params(work, encoder__mae75=dict(of="mae", mask_ratio=0.75), compare__tissue__encoders=[*params(work)["compare"]["tissue"]["encoders"], "mae75"])
+    assert all("-mae75-" in o or o == "report@tissue" for o in will_run(work))
+
+
+def test_pull_fetches_what_a_stage_needs(work, tmp_path):
+    "With an emptied workspace and a full cache a stage that has to run finds its data and its encoder."
+    edit_params(work, probe__all__crop=0.9)
+    for o in ("stores", "runs", "evals"): shutil.rmtree(work/o)
+    sh(work, "dvc", "repro", "--pull", "lesions_evaluate@lesions-probe-margins-lesion_mae-0")
+    assert (work/eval_of("lesions", "probe", "margins", "lesion_mae", 0)/"scores.json").is_file()
+
+
+# A method, a data set, a task of one's own
+
+TOY = """#| export
+import torch
+from torch import nn
+from sdmae.params import EncoderForm, OptimParams, ViewParams
+from sdmae.views.augment import Views, normalize
+from sdmae.models.encoders import build_encoder
+
+class ToyParams(EncoderForm):
+    optim:OptimParams
+    views:ViewParams
+
+class Toy(nn.Module):
+    Params = ToyParams
+    def __init__(self, params, model, image_size):
+        super().__init__()
+        self.views, self.encoder = Views(params.views, image_size), build_encoder(image_size, model, params)
+    def forward(self, images): return dict(loss=self.encoder.pooled(normalize(self.views(images))).square().mean())"""
+
+
+def test_a_method_of_ones_own(work):
+    "One notebook, one line in the registry, one section in conf: from check to the report, beside the others."
+    nb = read_notebook(work/"nbs"/"methods"/"random.ipynb")
+    cell = lambda text: dict(cell_type="code", metadata={}, source=text, outputs=[], execution_count=None, id=f"t{abs(hash(text)) % 999}")
+    write_notebook(dict(nb, cells=[dict(cell_type="markdown", metadata={}, source="# Toy\n\n> A method", id="t0"), cell("#| default_exp methods.toy"), cell(TOY)]), work/"nbs"/"methods"/"toy.ipynb")
+    registry = read_notebook(work/"nbs"/"methods"/"registry.ipynb")
+    lines = next(c for c in registry["cells"] if "METHODS = " in source(c))
+    lines["source"] = source(lines).replace('mae="mae:MAE"', 'toy="toy:Toy", mae="mae:MAE"')
+    assert "toy:Toy" in lines["source"]
+    write_notebook(registry, work/"nbs"/"methods"/"registry.ipynb")
+    (work/"conf"/"encoder"/"toy.yaml").write_text("method: toy\ndata: tissue\npretrain: tissue\noptim: {base_lr: 1.0e-3}\nviews: tissue\nname: My toy\ncolor: tomato\nmarker: P\n")
+    sh(work, "nbdev_export")
+    own = ["only=tissue", "+encoder@encoder.toy=toy", "compare.tissue.encoders=[random,mae,toy]", "compare.tissue.pairs=[]"]
+    tiny = [o for o in TINY if not o.startswith(("compare.", "+encoder."))]
+    sh(work, "dvc", "exp", "run", *(o for x in tiny + own for o in ("-S", x)))
+    page = (work/"reports"/"tissue"/"index.html").read_text()
+    assert "My toy" in page and json.loads((work/run_of("tissue", "toy", 0)/"made.json").read_text())["last"]["loss"] >= 0
+
+
+def test_a_data_set_and_a_task_of_ones_own(work):
+    "One section each: another set is prepared, and an encoder pre-trained on the first is asked about it."
+    edit_params(work, data__mine=params(work)["data"]["tissue"] | dict(name="mine", seed=1), task__mine=dict(of="tissue", data="mine"), compare__tissue__tasks=["tissue", "mine"])
+    again = repro(work, "evaluate@tissue-probe-mine-mae-0")
+    assert again == ["check", "prepare@mine", "plan", "evaluate@tissue-probe-mine-mae-0"]
 
 
 # Faults stop it before anything earlier is gone
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(pretrain__epchs=3), "pretrain.epchs: unknown parameter"),
-    (dict(pretrain__epochs="many"), "pretrain.epochs"),
-    (dict(model__patch_size=7), "not divisible by model.patch_size 7"),
-    (dict(methods=["random", "sdmea"]), "sdmea"),
-    (dict(data__path="data/nowhere"), "data/nowhere")])
+    (dict(pretrain__tissue__epchs=3), "pretrain.tissue.epchs: unknown parameter"),
+    (dict(pretrain__tissue__epochs="many"), "pretrain.tissue.epochs"),
+    (dict(encoder__mae__mask_ration=0.5), "encoder.mae.mask_ration: unknown parameter"),
+    (dict(model__patch_size=7), "not divisible by patch_size 7"),
+    (dict(compare__tissue__encoders=["random", "sdmea"]), "sdmea"),
+    (dict(data__tissue__path="data/nowhere"), "data/nowhere")])
 def test_a_faulty_parameter_stops_everything(work, changes, message):
     before = contents(work)
     edit_params(work, **changes)
@@ -257,11 +362,11 @@ def test_a_faulty_parameter_stops_everything(work, changes, message):
 
 
 def test_a_truncated_archive_keeps_what_was_prepared(work):
-    before = {k: v for k, v in contents(work).items() if k.startswith("data/prepared")}
+    before = {k: v for k, v in contents(work).items() if k.startswith("stores/tissue")}
     shutil.copytree(work/"data"/"sample"/"nct", work/"data"/"broken")
     archive = work/"data"/"broken"/"NCT-CRC-HE-100K.zip"
     archive.write_bytes(archive.read_bytes()[:-5000])
-    edit_params(work, data__path="data/broken")
+    edit_params(work, data__tissue__path="data/broken")
     assert "NCT-CRC-HE-100K.zip" in sh(work, "dvc", "repro", fails=True)
     shutil.rmtree(work/"data"/"broken")
-    assert {k: v for k, v in contents(work).items() if k.startswith("data/prepared")} == before
+    assert {k: v for k, v in contents(work).items() if k.startswith("stores/tissue")} == before

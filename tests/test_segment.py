@@ -17,7 +17,7 @@ from sdmae.evaluate.segment import (STRIDES, Segmenter, SegmentViews, Windows, c
                                     pixel_cells, predict_masks, segment_encoder, segment_groups, segment_scores, sliding, starts)
 from sdmae.evaluate.statistics import draw_weights
 from sdmae.models.vit import Encoder, build_encoder, position_table, save_encoder
-from sdmae.notebooks import run
+from sdmae.pipeline.run import run
 from sdmae.params import EncoderForm, ModelParams, OptimParams, SegmentParams, ViewParams
 from sdmae.views.augment import normalize
 

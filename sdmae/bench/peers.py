@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from timm.models.vision_transformer import VisionTransformer
 from ..params import Params
 from ..views.augment import MEAN, STD, channels, normalize
-from ..methods.registry import build_method
+from ..methods.registry import method_of, method_params
 
 # %% ../../nbs/bench/peers.ipynb #c005
 class Own(nn.Module):
     "A method of this project without its views."
     def __init__(self, name:str, params:Params, device="cpu"):
         super().__init__()
-        self.method = build_method(name, params, device=device)
+        self.method = method_of(params, name, device=device)
 
     def forward(self, x:Tensor)->Tensor: # (B, 3, S, S) in [0, 1] → scalar
         return self.method.loss_on(x, *self.method.draw_mask(len(x), x.device))["loss"]
@@ -127,7 +127,7 @@ class TransformersMAE(nn.Module):
     def __init__(self, params:Params):
         super().__init__()
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
-        m, c, d = params.model, params.method.mae, params.method.mae.decoder
+        m, c, d = params.model, method_params(params, "mae"), method_params(params, "mae").decoder
         self.model = ViTMAEForPreTraining(ViTMAEConfig(
             hidden_size=m.embed_dim, num_hidden_layers=m.depth, num_attention_heads=m.num_heads, intermediate_size=round(m.embed_dim*m.mlp_ratio),
             image_size=params.image_size("mae"), patch_size=m.patch_size, mask_ratio=c.mask_ratio, norm_pix_loss=c.target_norm == "joint",
@@ -143,8 +143,8 @@ class LightlyMAE(nn.Module):
     def __init__(self, params:Params):
         super().__init__()
         from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
-        m, d, size = params.model, params.method.mae.decoder, params.image_size("mae")
-        self.mask_ratio, self.patch_size = params.method.mae.mask_ratio, m.patch_size
+        m, d, size = params.model, method_params(params, "mae").decoder, params.image_size("mae")
+        self.mask_ratio, self.patch_size = method_params(params, "mae").mask_ratio, m.patch_size
         vit = VisionTransformer(img_size=size, patch_size=m.patch_size, embed_dim=m.embed_dim, depth=m.depth, num_heads=m.num_heads, mlp_ratio=m.mlp_ratio, num_classes=0)
         self.backbone = MaskedVisionTransformerTIMM(vit=vit)
         with warnings.catch_warnings(action="ignore"): # announced to go in 1.7
@@ -171,6 +171,6 @@ def contestant(
 )->nn.Module:      # (B, 3, S, S) in [0, 1] → scalar
     "A freshly initialised contestant in training mode. Raises `ImportError` where its package is missing."
     torch.manual_seed(0)
-    if name == "transcription": new = Transcription(build_method("sdmae", params))
+    if name == "transcription": new = Transcription(method_of(params, "sdmae"))
     else: new = {"transformers": TransformersMAE, "lightly": LightlyMAE}[name](params) if name in PEERS else Own(name, params, device)
     return new.to(device).train()

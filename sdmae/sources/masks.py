@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['MASKS', 'toy_nuclei', 'decode_mask', 'instances', 'Pair', 'read_mask', 'sides', 'slide_of', 'check_sides',
-           'read_pairs', 'split_by_group']
+           'read_pairs', 'save_pairs', 'load_pairs', 'split_by_group']
 
 # %% ../../nbs/sources/masks.ipynb #c002
-import io, re
+import hashlib, io, json, re, shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from skimage.draw import ellipse
 from skimage.measure import label
@@ -99,10 +100,10 @@ def slide_of(
 )->str:
     "The first group of the expression in a name; `ValueError` naming the file where it does not match."
     try: match = re.search(group, name)
-    except re.error as e: raise ValueError(f"segment.group {group!r} is no regular expression ({e}).") from e
-    if match and not match.re.groups: raise ValueError(f"segment.group {group!r} has no group: put what names the slide in parentheses.")
+    except re.error as e: raise ValueError(f"masks.group {group!r} is no regular expression ({e}).") from e
+    if match and not match.re.groups: raise ValueError(f"masks.group {group!r} has no group: put what names the slide in parentheses.")
     if not match or not match[1]:
-        raise ValueError(f"{path}: segment.group {group!r} finds no slide in {name!r}. Change the expression; ^(.+)$ makes every image a slide of its own.")
+        raise ValueError(f"{path}: masks.group {group!r} finds no slide in {name!r}. Change the expression; ^(.+)$ makes every image a slide of its own.")
     return match[1]
 
 # %% ../../nbs/sources/masks.ipynb #c019
@@ -120,7 +121,7 @@ def read_pairs(
 )->list[Pair]:     # sorted by name
     "All annotated images, checked but not yet read. Raises `FileNotFoundError` and `ValueError`, naming files."
     place = Path(path)
-    if not place.exists(): raise FileNotFoundError(f"{place} does not exist. Put the images and masks there, or change segment.path.")
+    if not place.exists(): raise FileNotFoundError(f"{place} does not exist. Put the images and masks there, or change the data's path.")
     found, pairs = sides(place), []
     check_sides(found["images"], found["masks"], place)
     for name, (file, read, shown) in sorted(found["images"].items()):
@@ -130,6 +131,29 @@ def read_pairs(
         pairs.append(Pair(name, slide_of(PurePosixPath(name).name, group, shown), read, partial(read_mask, place, mask, mask_shown)))
     return pairs
 
+# %% ../../nbs/sources/masks.ipynb #n001
+def save_pairs(
+    pairs:list[Pair],
+    out:str|Path, # folder
+    name:str      # of the data, as tables show it
+):
+    "Write `images.npz`, `table.csv` and `manifest.json`; the folder appears when it is whole."
+    out = Path(out); part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
+    np.savez(part/"images.npz", **{f"{kind}_{i}": read() for i, p in enumerate(pairs) for kind, read in (("image", p.read), ("mask", p.read_mask))})
+    pd.DataFrame([(p.name, p.slide) for p in pairs], columns=["name", "slide"]).to_csv(part/"table.csv", index=False)
+    digest = hashlib.sha256((part/"images.npz").read_bytes()).hexdigest()
+    (part/"manifest.json").write_text(json.dumps(dict(name=name, images=len(pairs), slides=len({p.slide for p in pairs}), sha256=digest), indent=1))
+    shutil.rmtree(out, ignore_errors=True); part.rename(out)
+
+def load_pairs(
+    folder:str|Path # as written by `save_pairs`
+)->list[Pair]:
+    "The images of a prepared folder. Raises `FileNotFoundError` where it is not there."
+    if not (Path(folder)/"images.npz").is_file(): raise FileNotFoundError(f"{folder} holds no prepared images: `dvc repro` makes them")
+    arrays, table = np.load(Path(folder)/"images.npz"), pd.read_csv(Path(folder)/"table.csv", dtype=str)
+    return [Pair(r.name, r.slide, partial(arrays.__getitem__, f"image_{i}"), partial(arrays.__getitem__, f"mask_{i}")) for i, r in enumerate(table.itertuples(index=False))]
+
 # %% ../../nbs/sources/masks.ipynb #c025
 def split_by_group(
     pairs:list[Pair],
@@ -138,7 +162,7 @@ def split_by_group(
 )->tuple[list[Pair],list[Pair],list[str]]: # training pairs, test pairs, the test slides
     "A random share of the slides for testing; `ValueError` with fewer than two slides."
     slides = sorted({p.slide for p in pairs})
-    if len(slides) < 2: raise ValueError(f"one slide only ({', '.join(slides)}, {len(pairs)} images): whole slides are held out, so two are needed. Does segment.group name the slide?")
+    if len(slides) < 2: raise ValueError(f"one slide only ({', '.join(slides)}, {len(pairs)} images): whole slides are held out, so two are needed. Does masks.group name the slide?")
     drawn = draw_share([Record(p.name, "", "", p.slide, "", p.read) for p in pairs], test_fraction, seed)
     train, test = ([p for i, p in enumerate(pairs) if (i in drawn) == side] for side in (False, True))
     return train, test, sorted({p.slide for p in test})
