@@ -66,7 +66,7 @@ class Entry:
         with autocast(self.device, PRECISIONS[self.configuration]): loss = self.run(x)
         loss.backward()
         self.optimizer.step(); self.optimizer.zero_grad(set_to_none=True)
-        if hasattr(self.model, "after_step"): self.model.after_step()
+        if hasattr(self.model, "after_step"): self.model.after_step(1.)
         wait(self.device)
         return time.perf_counter() - start
 
@@ -172,7 +172,8 @@ def data_path(
     batch:int, repeats:int
 )->dict:
     "Images a second from the store through the views."
-    views, batches, seconds = build_method(name, params).views, Batches(store, store.indices("train"), batch), []
+    views = build_method(params.method.of(name), params.method.section(name), params.model, params.image_size(name)).views
+    batches, seconds = Batches(store, store.indices("train"), batch), []
     for i in range(repeats + 1):
         wait(store.device); start = time.perf_counter()
         views(*batches.batch(0, i % len(batches)))
@@ -194,7 +195,8 @@ def end_to_end(
     configuration:str   # "float32" or "bfloat16"
 )->dict:                # medians of end_to_end and step, images a second, and of share
     "The Trainer on a prepared store, beside the bare model step."
-    model, optim, size = build_method(name, params, device=store.device), params.method.section(name).optim, params.image_size(name)
+    section, size = params.method.section(name), params.image_size(name)
+    model, optim = build_method(params.method.of(name), section, params.model, size, device=store.device), section.optim
     batches = Batches(store, store.indices("train"), batch)
     beside = Beside(Entry(name, configuration, params, store.device), torch.rand(batches.batch_size, 3, size, size, device=store.device))
     rows = Trainer(model, batches, optim, epochs + 1, store.device, PRECISIONS[configuration], callbacks=(beside,), desc=f"{name}, end to end").fit()[1:]

@@ -21,13 +21,13 @@ class Own(nn.Module):
     "A method of this project without its views."
     def __init__(self, name:str, params:Params, device="cpu"):
         super().__init__()
-        self.method = build_method(name, params, device=device)
+        self.method = build_method(params.method.of(name), params.method.section(name), params.model, params.image_size(name), device=device)
 
     def forward(self, x:Tensor)->Tensor: # (B, 3, S, S) in [0, 1] → scalar
         return self.method.loss_on(x, *self.method.draw_mask(len(x), x.device))["loss"]
 
-    def after_step(self):
-        if hasattr(self.method, "after_step"): self.method.after_step()
+    def after_step(self, progress):
+        if hasattr(self.method, "after_step"): self.method.after_step(progress)
 
 # %% ../../nbs/bench/peers.ipynb #c008
 class PlainAttention(nn.Module):
@@ -171,6 +171,6 @@ def contestant(
 )->nn.Module:      # (B, 3, S, S) in [0, 1] → scalar
     "A freshly initialised contestant in training mode. Raises `ImportError` where its package is missing."
     torch.manual_seed(0)
-    if name == "transcription": new = Transcription(build_method("sdmae", params))
+    if name == "transcription": new = Transcription(build_method("sdmae", params.method.sdmae, params.model, params.image_size("sdmae")))
     else: new = {"transformers": TransformersMAE, "lightly": LightlyMAE}[name](params) if name in PEERS else Own(name, params, device)
     return new.to(device).train()

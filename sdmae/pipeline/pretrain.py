@@ -86,7 +86,7 @@ def make_trainer(
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c012
 def save_run(
-    out:Path, encoder,
+    out:Path, method,
     config:dict,
     history:list, # rows of numbers, an epoch each; empty without training
     pictures:dict, # epoch → pictures
@@ -94,8 +94,8 @@ def save_run(
 ):
     "Write what a run leaves, with a note on how it went."
     made = dict(torch=torch.__version__, num_processes=rank_and_world()[1], images_per_s=float(np.median([r["images_per_s"] for r in history])) if history else None,
-                minutes=minutes, notes=warnings_of(history[-1]) if history else [], last=history[-1] if history else None)
-    save_encoder(out, encoder, config | dict(made=made))
+                minutes=minutes, notes=warnings_of(history[-1], method) if history else [], last=history[-1] if history else None)
+    save_encoder(out, method.encoder, config | dict(made=made))
     save_pictures(out/"reconstructions.npz", pictures)
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c013
@@ -114,7 +114,7 @@ def pretrain(
     with process_group(device):
         store = TileStore(root/tiles).to(device)
         for name in ("probe", *P.protocols): store.check_labels(getattr(P, name).labels, f"{name}.labels")
-        model, config = build_method(method, P, seed, device), run_config(P, method, seed, store, device, precision)
+        model, config = build_method(P.method.of(method), P.method.section(method), P.model, P.image_size(method), seed, device), run_config(P, method, seed, store, device, precision)
         if hasattr(model, "source"): config |= model.normalization | dict(imported=model.source) # weights from elsewhere bring their own mean and std
         fixed = np.random.default_rng(0).permutation(store.indices("valid"))[:8]
         pictures = Reconstructions(P.pretrain.watch_every, store.batch(fixed))
@@ -122,7 +122,7 @@ def pretrain(
         torch.manual_seed(seed)
         trained = hasattr(P.method.section(method), "optim")
         history = make_trainer(P, method, seed, model, store, config, device, precision, pictures, root/out/"live").fit() if trained else []
-        if rank_and_world()[0] == 0: save_run(root/out, model.encoder, config, history, pictures.pictures, (time.time()-started)/60)
+        if rank_and_world()[0] == 0: save_run(root/out, model, config, history, pictures.pictures, (time.time()-started)/60)
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c017
 def num_processes(P:Params, method:str)->int:
