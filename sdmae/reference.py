@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from .params import SDMAEParams, MIRAMParams, ModelParams, DecoderParams, HeadParams, OptimParams
+from .params import ModelParams, OptimParams
 from .views.augment import to_unit
-from .models.decoders import random_masking
+from .models.decoders import DecoderParams
+from .models.heads import HeadParams
 from .models.weights import our_name, our_mae_name, encoder_weights, load_method
-from .methods.mae import MaskedAutoencoder
-from .methods.sdmae import SDMAE
-from .methods.miram import MIRAM, in_order
+from .methods.masked import MaskedAutoencoder, random_masking
+from .methods.sdmae import SDMAE, SDMAEParams
+from .methods.miram import MIRAM, MIRAMParams, in_order
 
 # %% ../nbs/reference.ipynb #c005
 def read_reference(
@@ -79,7 +80,7 @@ def run_sdmae(method:SDMAE, images:Tensor, mask:Tensor)->dict:
     out = method.forward_masked(x, visible, masked)
     student, teacher = method.student_teacher_scores(out["encoded"], out["decoded"], visible.shape[1])
     parts = method.loss_on(x, visible, masked)
-    method.zero_grad(); parts["loss"].backward(); method.after_step()
+    method.zero_grad(); parts["loss"].backward(); method.after_step(1.)
     return dict(pred=out["pred"], target=method.target(x, masked), student=student, teacher=teacher, loss_mse=parts["loss_mse"],
                 loss_distill=parts["loss_distill"], loss=parts["loss"], center=method.center.clone())
 

@@ -107,7 +107,7 @@ def program(out):
 
 
 if __name__ == "__main__":
-    with pretrain.together(CPU): program(Path(sys.argv[1]))
+    with pretrain.process_group(CPU): program(Path(sys.argv[1]))
     sys.exit()
 
 
@@ -204,7 +204,7 @@ def test_each_process_takes_its_gpu(monkeypatch):
         assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", int(rank)) and pick_device("cpu") == CPU
     monkeypatch.setenv("LOCAL_RANK", "2"); monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(RuntimeError, match="cuda:2 was asked for, but torch sees 2 of them.*no more processes than GPUs"): pick_device("auto")
-    with pytest.raises(ValueError, match="cuda:0 is one GPU, for 3 processes; use device: cuda"), pretrain.together(torch.device("cuda:0")): pass
+    with pytest.raises(ValueError, match="cuda:0 is one GPU, for 3 processes; use device: cuda"), pretrain.process_group(torch.device("cuda:0")): pass
 
 
 def test_how_many_processes(monkeypatch):

@@ -93,11 +93,13 @@ class Trainer:
         callbacks:tuple=(),
         checkpoint:Path|None=None,    # file
         checkpoint_minutes:float=2.,  # at least so long between two
+        made_of:dict|None=None,       # plain values: of other ones a checkpoint is refused
         desc:str="training"
     ):
         self.model, self.batches, self.optim, self.epochs = model, batches, optim, epochs
         self.device, self.precision, self.accumulate = device, precision, accumulate
-        self.callbacks, self.checkpoint, self.checkpoint_minutes, self.desc = callbacks, checkpoint, checkpoint_minutes, desc
+        self.callbacks, self.desc = callbacks, desc
+        self.checkpoint, self.checkpoint_minutes, self.made_of = checkpoint, checkpoint_minutes, made_of
         self.steps = epochs * len(batches)
         self.warmup = round(optim.warmup * self.steps)
         self.peak = optim.lr(batches.batch_size)
@@ -127,6 +129,14 @@ def set_lr(self:Trainer)->float: # learning rate of this step
     return lr
 
 @patch
+def ask(self:Trainer,
+    hook:str,      # "before_step" or "after_step"
+    progress:float # share of all steps that is done
+):
+    "Call a hook of the model, where it has one."
+    if hasattr(self.model, hook): getattr(self.model, hook)(progress)
+
+@patch
 def train_step(self:Trainer, batch:tuple):
     "Forward and backward of each part, then one optimiser step; adds the parts of the loss to the epoch's sums."
     lr, total = self.set_lr(), {}
@@ -137,9 +147,10 @@ def train_step(self:Trainer, batch:tuple):
             with autocast(self.device, self.precision): losses = self.network(*part)
             (losses["loss"] * share).backward()
         for k, v in losses.items(): total[k] = total.get(k, 0) + v.detach().double() * share
+    self.ask("before_step", self.step / self.steps)
     self.optimizer.step(); self.optimizer.zero_grad(set_to_none=True)
     self.learned = self.world > 1 # in its first step the wrapper learns which gradients there are, and averages in every part
-    if hasattr(self.model, "after_step"): self.model.after_step()
+    self.ask("after_step", (self.step+1) / self.steps)
     for k, v in self.averaged(total).items(): self.sums[k] = self.sums.get(k, 0) + v
     self.step += 1
     return lr
