@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['Labels', 'PROTOCOLS', 'project_root', 'Section', 'CBISParams', 'MasksParams', 'DataParams', 'ModelParams',
-           'ViewParams', 'OptimParams', 'DecoderParams', 'EncoderForm', 'RandomParams', 'ImportedParams',
-           'MaskedParams', 'MAEParams', 'NystromParams', 'MIRAMParams', 'HeadParams', 'SDMAEParams', 'merged', 'flat',
-           'resolved', 'PretrainParams', 'ProbeParams', 'FinetuneParams', 'SegmentParams', 'ReportParams', 'TaskParams',
-           'EncoderParams', 'CompareParams', 'Params', 'typed', 'with_views', 'task_of', 'model_of', 'encoder_of',
-           'faults_of', 'lists_of', 'faults_of_comparison', 'store_of', 'run_of', 'eval_of', 'compose', 'explain',
-           'parse_params', 'load_params', 'edited']
+           'ViewParams', 'OptimParams', 'EncoderForm', 'merged', 'flat', 'resolved', 'PretrainParams', 'ProbeParams',
+           'FinetuneParams', 'SegmentParams', 'ReportParams', 'TaskParams', 'EncoderParams', 'CompareParams', 'Params',
+           'typed', 'with_views', 'task_of', 'model_of', 'encoder_of', 'faults_of', 'lists_of', 'faults_of_comparison',
+           'store_of', 'run_of', 'eval_of', 'compose', 'explain', 'parse_params', 'load_params', 'edited']
 
 # %% ../nbs/params.ipynb #c002
 from pathlib import Path
@@ -128,18 +126,6 @@ class OptimParams(Section):
         "The linear scaling rule."
         return self.base_lr * batch_size / 256
 
-# %% ../nbs/params.ipynb #c020
-class DecoderParams(Section):
-    "The light transformer that reconstructs; dropped after pre-training."
-    embed_dim:int = Field(ge=1)
-    depth:int = Field(ge=1)         # blocks
-    num_heads:int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _heads(self):
-        if self.embed_dim % self.num_heads: raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
-        return self
-
 # %% ../nbs/params.ipynb #c021
 class EncoderForm(Section):
     "What a method's section says of its encoder."
@@ -147,88 +133,19 @@ class EncoderForm(Section):
     pos_embed:Literal["sincos1d","sincos2d"] = "sincos2d"
     image_size:int|None = Field(None, ge=8)     # px that the network sees; None: the model's, or the prepared image's
 
-# %% ../nbs/params.ipynb #c022
-class RandomParams(EncoderForm):
-    "An encoder as initialised: the null that every method has to beat."
+    def widths(self, model:ModelParams)->list[int]: return [model.embed_dim] # of all networks that know positions
 
-# %% ../nbs/params.ipynb #c023
-class ImportedParams(EncoderForm):
-    "Weights from elsewhere: they take part in the comparison as they are."
-    weights:str             # folder written by the import, a checkpoint file, or a name that timm knows
-
-# %% ../nbs/params.ipynb #c024
-class MaskedParams(EncoderForm):
-    "What every masked autoencoder has."
-    mask_ratio:float = Field(0.75, gt=0, lt=1)              # share of tokens hidden from the encoder
-    decoder:DecoderParams
-    target_norm:Literal["joint","channel","none"] = "joint" # pixel normalisation of a target patch
-    optim:OptimParams
-    views:ViewParams = ViewParams()
-
-# %% ../nbs/params.ipynb #c025
-class MAEParams(MaskedParams):
-    "Masked autoencoder (He et al. 2022), as in facebookresearch/mae."
-    class_token:bool = True
-
-# %% ../nbs/params.ipynb #c026
-class NystromParams(Section):
-    "Nyström attention (Xiong et al. 2021): full attention approximated through landmarks."
-    landmarks:int = Field(64, ge=1)
-    iterations:int = Field(6, ge=1)             # of the pseudo-inverse
-    kernel:int = Field(33, ge=1)                # of the convolution over values that is added; odd
-
-    @model_validator(mode="after")
-    def _odd(self):
-        if self.kernel % 2 == 0: raise ValueError(f"kernel must be odd, got {self.kernel}")
-        return self
-
-class MIRAMParams(MAEParams):
-    "Reconstruction at several scales (MIRAM, arXiv 2503.07157); defaults are the authors' release. `scales: [1]` is MAE."
-    scales:list[int] = [1, 2]                                       # of the input; a decoder each
-    patches:list[Literal["masked","all"]] = ["masked", "all"]       # that each scale's loss counts
-    weights:list[Annotated[float, Field(ge=0)]] = [1., 1.]          # of each scale's loss
-    target:Literal["upsampled","native"] = "upsampled"              # the input enlarged, or the crop at its own higher resolution
-    attention:Literal["full","nystrom"] = "full"                    # of the decoders above scale 1
-    nystrom:NystromParams = NystromParams()
-
-    @model_validator(mode="after")
-    def _scales(self):
-        if not self.scales or self.scales[0] != 1 or sorted(set(self.scales)) != self.scales: raise ValueError(f"scales must rise from 1, got {self.scales}")
-        for name in ("patches", "weights"):
-            if len(getattr(self, name)) != len(self.scales): raise ValueError(f"{name} needs one entry for each of scales {self.scales}, got {getattr(self, name)}")
-        if not any(self.weights): raise ValueError("weights: one at least must be above 0")
-        return self
-
-# %% ../nbs/params.ipynb #c027
-class HeadParams(Section):
-    "The two distillation heads of SD-MAE."
-    hidden_dim:int = Field(2048, ge=1)
-    bottleneck_dim:int = Field(256, ge=1)
-    out_dim:int = Field(4096, ge=2)             # prototypes
-
-# %% ../nbs/params.ipynb #c028
-class SDMAEParams(MaskedParams):
-    "Self-distillation augmented MAE (Luo et al. 2023); defaults are the authors' release."
-    pos_embed:Literal["sincos1d","sincos2d"] = "sincos1d"
-    mask_ratio:float = Field(0.6, gt=0, lt=1)
-    target_norm:Literal["joint","channel","none"] = "channel"
-    target_image:Literal["unit","normalized"] = "unit"  # the target is made from the image in [0, 1] (as released), or from the normalised one, as MAE's
-    head:HeadParams = HeadParams()
-    views:ViewParams = ViewParams(scale=(0.08, 1.), interpolation="bilinear", hflip=False)
-    loss_weight:float = Field(0.2, ge=0, le=1)          # p in L = p·L_sd + (1 − p)·L_mse
-    student_temp:float = Field(0.1, gt=0)
-    teacher_temp:float = Field(0.04, gt=0)
-    center_momentum:float = Field(0.9, ge=0, lt=1)
-    center_on:Literal["probs","logits"] = "probs"       # "probs" as released, "logits" as DINO
-    detach_teacher:bool = False                         # False as released; True alone leaves the teacher's head at its random start
-    teacher_momentum:float|None = Field(None, ge=0, lt=1) # of the moving average by which a detached teacher's head follows the student's; DINO: 0.996
-    distill:Literal["mean","token"] = "mean"            # one vector per image (as released) or per visible token
-
-    @model_validator(mode="after")
-    def _teacher(self):
-        if self.teacher_momentum is not None and not self.detach_teacher:
-            raise ValueError(f"teacher_momentum {self.teacher_momentum:g} is for a detached teacher: set detach_teacher: true as well, or teacher_momentum: null")
-        return self
+    def faults(self,
+        model:ModelParams,
+        image_size:int,   # px that the network sees
+        prepared:int|None # px of the prepared image
+    )->list[str]:         # a line each, beginning with the parameter
+        "What does not fit together, beyond one parameter."
+        if getattr(model, "arch", "vit") != "vit": return []
+        lines, widths = [], self.widths(model)
+        if image_size % model.patch_size: lines.append(f"image_size {image_size} is not divisible by patch_size {model.patch_size}: change it, model.image_size, or model.patch_size")
+        if self.pos_embed == "sincos2d" and any(w % 4 for w in widths): lines.append(f"pos_embed sincos2d needs widths divisible by 4, got {widths}")
+        return lines
 
 # %% ../nbs/params.ipynb #c030
 def merged(

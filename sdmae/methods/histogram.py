@@ -30,6 +30,7 @@ class HistogramEncoder(nn.Module):
 # %% ../../nbs/methods/histogram.ipynb #n008
 class HistogramParams(EncoderForm):
     "Colour alone: the shares of the pixels' values."
+    def faults(self, model, image_size, prepared)->list[str]: return [] # there is no network
 
 class Histogram(nn.Module):
     "The colour histogram in the place of an encoder; there is no loss to train it by."

@@ -16,6 +16,8 @@ class ImportedParams(EncoderForm):
     "Weights from elsewhere: they take part in the comparison as they are."
     weights:str             # folder written by the import, a checkpoint file, or a name that timm knows
 
+    def faults(self, model, image_size, prepared)->list[str]: return [] # the weights say what fits, when they are read
+
 # %% ../../nbs/methods/imported.ipynb #c005
 def misfits(
     found:dict,             # of `find_encoder`

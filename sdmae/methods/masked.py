@@ -27,6 +27,13 @@ class MaskedParams(EncoderForm):
     optim:OptimParams
     views:ViewParams = ViewParams()
 
+    def widths(self, model)->list[int]: return [model.embed_dim, self.decoder.embed_dim]
+
+    def faults(self, model, image_size, prepared)->list[str]:
+        n = (image_size // model.patch_size)**2
+        hidden = int(self.mask_ratio*n) >= 1 and int((1-self.mask_ratio)*n) >= 1
+        return super().faults(model, image_size, prepared) + ([] if hidden else [f"mask_ratio {self.mask_ratio} leaves no visible or no masked token of {n}"])
+
 # %% ../../nbs/methods/masked.ipynb #n007
 def random_masking(
     noise:Tensor, # (B, N) one random number a token

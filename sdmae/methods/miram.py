@@ -50,6 +50,11 @@ class MIRAMParams(MAEParams):
         if not any(self.weights): raise ValueError("weights: one at least must be above 0")
         return self
 
+    def faults(self, model, image_size, prepared)->list[str]:
+        side, native = image_size*max(self.scales), self.target == "native"
+        small = [f"target native reconstructs {side} px, but the prepared images have {prepared}: raise that, lower image_size, or use target: upsampled"]
+        return super().faults(model, image_size, prepared) + (small if native and prepared < side else [])
+
 # %% ../../nbs/methods/miram.ipynb #c006
 def finer(
     ids:Tensor, # (B, n) patches of a grid × grid image

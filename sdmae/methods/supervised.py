@@ -22,6 +22,7 @@ class SupervisedParams(EncoderForm):
     views:ViewParams = ViewParams()
     label_smoothing:float = Field(0., ge=0, lt=1)
     class_weights:bool = False                    # rare classes count as much as common ones
+    target:str = "label"                          # what is asked, by its name in the prepared data
 
 # %% ../../nbs/methods/supervised.ipynb #n006
 class Supervised(nn.Module):

@@ -92,7 +92,7 @@ def made_of_encoder(P:Params, name:str)->dict: # plain values
     shards = e.pretrain and e.pretrain.shards
     return dict(method=e.method, section=e.section, model=e.model.model_dump(), image_size=P.image_size(name), data=e.data, store=store_hash(e.data),
                 pretrain=e.pretrain and e.pretrain.decisive(), shards=shards and hash_of(root/shards/"index.json"),
-                start=e.start, weights=weights_hash(e.start or e.section.get("weights")), device=P.device, precision=P.precision,
+                start=e.start, weights=weights_hash(e.section["weights"] if e.method == "imported" else e.start), device=P.device, precision=P.precision,
                 code=code_hashes(loaded({f"sdmae.methods.{module}"}, root), root))
 
 # %% ../../nbs/pipeline/plan.ipynb #n018

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_config', 'made_of', 'feature_watch', 'process_group', 'make_batches', 'make_trainer', 'save_run', 'build',
-           'pretrain', 'train', 'num_processes', 'launch', 'first_error', 'arguments', 'end_with_torchrun', 'main']
+           'answers', 'pretrain', 'train', 'num_processes', 'launch', 'first_error', 'arguments', 'end_with_torchrun',
+           'main']
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c002
 import argparse, ctypes, json, os, signal, subprocess, sys, tempfile, time
@@ -22,13 +23,14 @@ from ..views.augment import MEAN, STD
 from ..views.draws import rank_and_world
 from ..models.encoders import save_encoder
 from ..models.vit import compile_blocks
-from ..models.weights import start_from
-from ..methods.registry import METHODS, build_method, method_params
+from ..models.start import start_from
+from ..methods.registry import METHODS, method_class, method_of, method_params
 from ..train.batches import Batches
 from ..train.engine import Trainer, pick_device, pick_precision
 from ..train.checkpoint import fingerprint
 from ..train.monitor import LiveLog, Watch, Reconstructions, rankme, warnings_of, save_pictures
 from ..evaluate.features import extract
+from ..evaluate.finetune import balance
 from ..evaluate.knn import knn_probabilities
 from ..evaluate.statistics import scores
 from .code import code_hashes, loaded
@@ -123,12 +125,17 @@ def build(
     P:Params, name:str, seed:int, store:TileStore, device:torch.device
 ): # the method
     "A method as it starts: drawn with the seed, or with given weights in its encoder."
-    e, section = P.encoders[name], method_params(P, name)
-    more = {}
-    if hasattr(section, "target"): more = dict(n_classes=len(store.task(section.target).classes), multi=store.task(section.target).multi)
-    model = build_method(e.method, section, e.model, P.image_size(name), seed, device, **more)
-    if e.start: start_from(model.encoder, e.start, f"encoder.{name}.start")
+    labelled, more = getattr(method_class(P.encoders[name].method), "labelled", False), {}
+    if labelled: more = answers(store, method_params(P, name))
+    model = method_of(P, name, seed, device, **more)
+    if start := P.encoders[name].start: start_from(model.encoder, start, f"encoder.{name}.start")
     return model
+
+def answers(store:TileStore, section)->dict:
+    "What a labelled method has to know of its labels."
+    asked, rows = store.task(section.target), store.indices("train", section.target)
+    weights = balance(store.targets(rows, section.target), asked.classes) if section.class_weights else None
+    return dict(n_classes=len(asked.classes), multi=asked.multi, weights=weights)
 
 def pretrain(
     params:str="params.yaml", # from the project's root, as all paths, or absolute
