@@ -12,13 +12,17 @@ from sdmae.methods.registry import build_method
 from sdmae.params import OptimParams, compose, parse_params
 from sdmae.train.batches import Batches
 from sdmae.train.engine import Callback, Trainer, pick_device
+from toys import Follower
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-METHODS = ["mae", "sdmae", "sdmae_momentum", "miram"]
+METHODS = ["mae", "sdmae", "sdmae_momentum", "miram", "follower"]
 VALUES = compose(["data.image_size=32", "model.embed_dim=24", "model.depth=2", "model.num_heads=2", "method.mae.views.color_jitter=0.3",
                   "+method.sdmae_momentum={of: sdmae, detach_teacher: true, center_on: logits, teacher_momentum: 0.9}"])
 PARAMS = parse_params(VALUES | dict(method=VALUES["method"] | dict(miram=VALUES["method"]["mae"])))
+
+
+RESUMED = ["sdmae", "follower"] # what they have beside weights: a centre; a queue, a teacher, a layer that began later
 
 
 class Tiles:
@@ -39,11 +43,18 @@ class Recorded(Trainer):
         return super().train_step(batch)
 
 
+def build(name):
+    "A method from its seed, and its optimiser's parameters."
+    if name == "follower": torch.manual_seed(0); return Follower(), Follower.optim
+    section = PARAMS.method.section(name)
+    return build_method(PARAMS.method.of(name), section, PARAMS.model, PARAMS.image_size(name)), section.optim
+
+
 def run(name, stop=None, accumulate=1, **kwargs):
     "Fifty steps in batches of eight: the state of the method, each step's loss."
-    model = build_method(name, PARAMS, seed=0)
+    model, optim = build(name)
     torch.manual_seed(0)
-    t = Recorded(model, Batches(Tiles(), np.arange(40), 8, accumulate=accumulate), PARAMS.method.section(name).optim, 10, CPU, accumulate=accumulate, **kwargs)
+    t = Recorded(model, Batches(Tiles(), np.arange(40), 8, accumulate=accumulate), optim, 10, CPU, accumulate=accumulate, **kwargs)
     t.stop = stop
     t.fit()
     return dict(state=model.state_dict(), losses=t.losses)
@@ -88,12 +99,16 @@ def both(value):
 def program(out):
     "What torchrun runs."
     seen = {name: run(name) for name in METHODS}
-    try: run("sdmae", stop=28, checkpoint=out/"last.pt", checkpoint_minutes=0)
-    except KeyboardInterrupt: pass
-    dist.barrier()
-    if dist.get_rank() == 0: shutil.copy(out/"last.pt", out/"interrupted.pt")
-    seen["resumed"], seen["left"] = run("sdmae", checkpoint=out/"last.pt"), (out/"last.pt").exists()
-    seen["toy"], seen["parts"] = toy(accumulate=2), run("sdmae", accumulate=2)
+    for name in RESUMED:
+        file = out/f"{name}.pt"
+        try: run(name, stop=28, checkpoint=file, checkpoint_minutes=0)
+        except KeyboardInterrupt: pass
+        dist.barrier()
+        if dist.get_rank() == 0: shutil.copy(file, out/f"{name}_interrupted.pt")
+        seen[f"{name} resumed"] = run(name, checkpoint=file)
+        seen[f"{name} left"] = file.exists()
+    seen["toy"] = toy(accumulate=2)
+    for name in RESUMED: seen[f"{name} parts"] = run(name, accumulate=2)
     b = Batches(Tiles(), np.arange(40), 8)
     seen["rows"] = both([b.rows(3, i).tolist() for i in range(len(b))])
     counts = Count()
@@ -143,7 +158,7 @@ def test_the_centre_is_that_of_the_whole_batch(one, two):
 
 
 def test_a_head_with_momentum_follows_in_two_processes_too(one, two):
-    fresh = build_method("sdmae_momentum", PARAMS, seed=0).state_dict()
+    fresh = build("sdmae_momentum")[0].state_dict()
     assert not any(torch.equal(v, fresh[k]) for k, v in two["sdmae_momentum"]["state"].items() if k.startswith("teacher_head") and not k.endswith("bias")), "it follows the student"
 
 
@@ -151,10 +166,20 @@ def test_accumulating_in_two_processes_is_the_step_of_one(two):
     for k, v in toy().items(): assert torch.allclose(v, two["toy"][k], atol=1e-6), k
 
 
-def test_every_part_of_a_batch_is_that_of_one(two):
-    "Batches worked off in two parts, with real views and masks: each step's loss."
-    alone = run("sdmae", accumulate=2)
-    assert np.abs(np.subtract(alone["losses"], two["parts"]["losses"])).max() <= 1e-5
+@pytest.mark.parametrize("name", RESUMED)
+def test_every_part_of_a_batch_is_that_of_one(name, two):
+    "Batches worked off in two parts, with real views and masks: each step's loss, and what is kept from step to step."
+    alone, shared = run(name, accumulate=2), two[f"{name} parts"]
+    assert np.abs(np.subtract(alone["losses"], shared["losses"])).max() <= 1e-5
+    for k in ("center", "queue"): assert k not in alone["state"] or torch.allclose(alone["state"][k], shared["state"][k], atol=1e-5)
+
+
+def test_a_queue_and_a_teacher_are_those_of_one_process(one, two):
+    "The queue holds the answers of the whole batch in its order; the teacher has followed, and the late layer has learned."
+    fresh = build("follower")[0].state_dict()
+    for k in ("queue", "teacher.0.weight", "last.weight"):
+        a, b = (o["follower"]["state"][k] for o in (one, two))
+        assert not torch.allclose(a, fresh[k], atol=1e-3) and torch.allclose(a, b, atol=1e-5), k
 
 
 def test_every_row_once_an_epoch(two):
@@ -164,16 +189,19 @@ def test_every_row_once_an_epoch(two):
     assert [x + y for x, y in zip(a, b)] == [whole.rows(3, i).tolist() for i in range(len(whole))]
 
 
-def test_resumed_in_two_processes(two):
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_in_two_processes(name, two):
     "To the last bit, after the checkpoint of step 28 in the middle of an epoch; the file is gone."
-    assert len(two["resumed"]["losses"]) == 50 - 28 and two["resumed"]["losses"] == two["sdmae"]["losses"][28:] and not two["left"]
-    for k, v in two["sdmae"]["state"].items(): assert torch.equal(v, two["resumed"]["state"][k]), k
+    whole, resumed = two[name], two[f"{name} resumed"]
+    assert len(resumed["losses"]) == 50 - 28 and resumed["losses"] == whole["losses"][28:] and not two[f"{name} left"]
+    for k, v in whole["state"].items(): assert torch.equal(v, resumed["state"][k]), k
 
 
-def test_resumed_in_one_process(one, folder):
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_in_one_process(name, one, folder):
     "Two processes' checkpoint goes on in one."
-    resumed = run("sdmae", checkpoint=folder/"interrupted.pt")
-    assert np.abs(np.subtract(resumed["losses"], one["sdmae"]["losses"][28:])).max() <= 1e-5
+    resumed = run(name, checkpoint=folder/f"{name}_interrupted.pt")
+    assert np.abs(np.subtract(resumed["losses"], one[name]["losses"][28:])).max() <= 1e-5
 
 
 def test_only_the_first_process_watches(two):

@@ -13,6 +13,8 @@ from sdmae.models.vit import Encoder
 from sdmae.params import FinetuneParams, OptimParams, ViewParams, compose, parse_params
 from sdmae.train.batches import Batches
 from sdmae.train.engine import Callback, Trainer, lr_at, make_optimizer, pick_device, pick_precision
+from sdmae.train.monitor import Reconstructions, warnings_of
+from toys import Follower
 
 
 class Tiles:
@@ -33,18 +35,25 @@ class Stop(Callback):
         if trainer.history[-1]["epoch"] == self.epoch: raise KeyboardInterrupt
 
 
+def build(name, device="cpu"):
+    if name == "follower": torch.manual_seed(0); return Follower()
+    return build_method(name, PARAMS.method.section(name), PARAMS.model, PARAMS.image_size(name), device=device)
+
+
 def run(name, callbacks=(), epochs=4, **kwargs):
-    model = build_method(name, PARAMS, seed=0)
+    model = build(name)
+    optim = Follower.optim if name == "follower" else PARAMS.method.section(name).optim
     torch.manual_seed(0)
-    t = Trainer(model, Batches(Tiles(), np.arange(24), 8), getattr(PARAMS.method, name).optim, epochs, torch.device("cpu"), callbacks=callbacks, **kwargs)
+    t = Trainer(model, Batches(Tiles(), np.arange(24), 8), optim, epochs, torch.device("cpu"), callbacks=callbacks, **kwargs)
     return model, t.fit()
 
 
-@pytest.mark.parametrize("name", ["mae", "sdmae", "miram"])
-def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
-    "Views, masks, moments and centre included: equal weights to the last bit."
+@pytest.mark.parametrize("stop", [1, 3])
+@pytest.mark.parametrize("name", ["mae", "sdmae", "miram", "follower"])
+def test_a_resumed_run_is_the_uninterrupted_one(name, stop, tmp_path):
+    "Views, masks, moments, centre, queue, teacher copy and the layer that is frozen in the first epoch: equal weights to the last bit."
     whole, history = run(name)
-    with pytest.raises(KeyboardInterrupt): run(name, (Stop(3),), checkpoint=tmp_path/"c.pt", checkpoint_minutes=0)
+    with pytest.raises(KeyboardInterrupt): run(name, (Stop(stop),), checkpoint=tmp_path/"c.pt", checkpoint_minutes=0)
     resumed, again = run(name, checkpoint=tmp_path/"c.pt")
     for (k, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()): assert torch.equal(a, b), k
     assert [r["loss"] for r in history] == [r["loss"] for r in again] and len(again) == 4
@@ -64,9 +73,82 @@ def test_a_checkpoint_cannot_carry_code(tmp_path):
     with pytest.raises(ValueError, match="cannot be resumed"): run("mae", checkpoint=tmp_path/"c.pt")
 
 
+class Keep(Callback):
+    "The weights after each epoch, and the number of parameters that the optimiser has moments of."
+    def __init__(self): self.weights, self.moments = [], []
+    def after_epoch(self, trainer):
+        self.weights.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
+        self.moments.append(len(trainer.optimizer.state))
+
+
+def test_a_frozen_layer_stays_as_it_is_until_it_learns():
+    "Without gradient there is no step, no moment and no decay; a quarter of the steps is the first of four epochs."
+    keep, fresh = Keep(), build("follower").state_dict()
+    run("follower", (keep,))
+    for k in ("last.weight", "last.bias"):
+        assert torch.equal(keep.weights[0][k], fresh[k]) and not torch.equal(keep.weights[1][k], fresh[k])
+    assert keep.moments == [2, 4, 4, 4]
+    assert not torch.equal(keep.weights[0]["student.0.weight"], fresh["student.0.weight"])
+
+
+def test_hooks_are_told_how_far_the_run_is():
+    "Once a step, whatever the number of parts: before it from 0, after it up to 1."
+    told = dict(before_step=[], after_step=[])
+    class Told(Follower):
+        def before_step(self, progress): told["before_step"].append(progress)
+        def after_step(self, progress): super().after_step(progress); told["after_step"].append(progress)
+    Trainer(Told(), Batches(Tiles(), np.arange(24), 8), Follower.optim, 2, torch.device("cpu"), accumulate=2).fit()
+    assert told == dict(before_step=[i/6 for i in range(6)], after_step=[i/6 for i in range(1, 7)])
+
+
+MADE = dict(code={"sdmae/methods/sdmae.py": "0a1b", "sdmae/train/engine.py": "77"}, torch="2.11", params=dict(seed=0, scale=(.2, 1.)))
+
+
+def interrupted(path, **kwargs):
+    with pytest.raises(KeyboardInterrupt): run("mae", (Stop(3),), checkpoint=path, checkpoint_minutes=0, **kwargs)
+
+
+def test_a_checkpoint_goes_on_where_it_was_made_of_the_same(tmp_path):
+    interrupted(tmp_path/"c.pt", made_of=MADE)
+    resumed, history = run("mae", checkpoint=tmp_path/"c.pt", made_of=MADE)
+    whole, _ = run("mae")
+    for (k, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()): assert torch.equal(a, b), k
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(code={"sdmae/methods/sdmae.py": "93fe", "sdmae/train/engine.py": "77"}, torch="2.12"), "code of sdmae/methods/sdmae.py; torch 2.11 → 2.12. Delete it"),
+    (dict(code={"sdmae/methods/sdmae.py": "0a1b"}), "else: code of sdmae/train/engine.py. Delete it"),
+    (dict(params=dict(seed=1, scale=(.2, 1.))), "else: params.seed 0 → 1. Delete it"),
+    (dict(precision="bfloat16"), "else: precision nothing → bfloat16. Delete it")])
+def test_a_checkpoint_made_of_something_else_is_refused_with_the_reason(change, message, tmp_path):
+    "And kept, for the other way out is to go back."
+    interrupted(tmp_path/"c.pt", made_of=MADE)
+    with pytest.raises(ValueError) as e: run("mae", checkpoint=tmp_path/"c.pt", made_of=MADE | change)
+    assert "c.pt was made of something else" in str(e.value) and message in str(e.value) and "go back to what made it" in str(e.value)
+    assert (tmp_path/"c.pt").exists()
+
+
+def test_a_checkpoint_that_does_not_say_what_made_it(tmp_path):
+    "It is refused where that is asked for; where it is not, it goes on as before."
+    interrupted(tmp_path/"c.pt")
+    with pytest.raises(ValueError, match="it does not say of what"): run("mae", checkpoint=tmp_path/"c.pt", made_of=MADE)
+    assert len(run("mae", checkpoint=tmp_path/"c.pt")[1]) == 4
+
+
+def test_the_monitor_asks_what_there_is():
+    "A method without pictures leaves none, and one without warnings has the general ones only."
+    pictures, reconstructed = Reconstructions(1, Tiles.images[:2]), Reconstructions(1, Tiles.images[:2])
+    model, _ = run("follower", (pictures,), epochs=1); mae, _ = run("mae", (reconstructed,), epochs=1)
+    assert pictures.pictures == {} and reconstructed.pictures.keys() == {1}
+    row = dict(epoch=1, rankme=1.2, structure_r2=0., teacher_information=0., teacher_entropy=0.)
+    found = {k: [o[:27] for o in warnings_of(row, m)] for k, m in dict(none=None, follower=model, mae=mae, sdmae=build("sdmae")).items()}
+    features, structure, teacher = "the features have collapsed", "structure was not learned: ", "the teacher has collapsed: "
+    assert found == dict(none=[features], follower=[features], mae=[features, structure], sdmae=[features, teacher, structure])
+
+
 def test_accumulation_is_one_step_of_the_whole_batch():
     "MAE's loss is a mean over images, so two halves with the same masks give the same gradient."
-    model = build_method("mae", PARAMS)
+    model = build("mae")
     x, ids = Tiles.images[:8].float()/255, model.draw_mask(8, "cpu")
     model.loss_on(x, *ids)["loss"].backward()
     whole = model.pixels.weight.grad.clone(); model.zero_grad()
@@ -111,15 +193,15 @@ def test_gpu_gives_the_cpu_loss(name):
     x = Tiles.images[:8].float()/255
     losses = []
     for device in ("cpu", "cuda"):
-        m = build_method(name, PARAMS, device=device)
-        ids = build_method(name, PARAMS).draw_mask(8, "cpu", torch.Generator().manual_seed(0))
+        m = build(name, device)
+        ids = build(name).draw_mask(8, "cpu", torch.Generator().manual_seed(0))
         losses.append(m.loss_on(x.to(device), *(i.to(device) for i in ids))["loss"].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_views_and_targets_stay_float32_under_autocast():
     "Mixed precision is for the network: pixels and targets are the same with and without."
-    m, images = build_method("sdmae", PARAMS), Tiles.images[:4]
+    m, images = build("sdmae"), Tiles.images[:4]
     def draw(dtype):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
