@@ -298,7 +298,7 @@ class CompareParams(Section):
     question:str = ""
     encoders:list[str]
     tasks:list[str]
-    pairs:list[tuple[str,str]] = []         # whose differences the report tests, beside each encoder against the baselines
+    pairs:list[tuple[str,str]] = []         # whose differences the report tests where both are compared, beside each encoder against the baselines
 
 # %% ../nbs/params.ipynb #c043
 class Params(Section):
@@ -397,7 +397,7 @@ def faults_of_comparison(P:Params, study:str)->list[str]:
     c, known = P.compare[study], dict(encoders=P.encoder, tasks=P.task)
     lost = [f"compare.{study}.{k}: there is no {k[:-1]} {n!r}; there are {', '.join(known[k])}" for k in known for n in getattr(c, k) if n not in known[k]]
     lost += [f"compare.{study}.{k} is empty, and reports lists {study}" for k in known if study in P.reports and not getattr(c, k)]
-    return lost + [f"compare.{study}.pairs: {e!r} is none of its encoders" for p in c.pairs if c.encoders for e in p if e not in c.encoders and e.removesuffix("_long") not in c.encoders]
+    return lost + [f"compare.{study}.pairs: there is no encoder {e!r}" for p in c.pairs for e in p if e.removesuffix("_long") not in P.encoder]
 
 # %% ../nbs/params.ipynb #n003
 @patch

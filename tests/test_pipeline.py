@@ -17,7 +17,7 @@ ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.envi
        "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b.c", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b.c"}
 TINY = """data.tissue.limit=90 data.tissue.image_size=32 data.lesions.limit=150 model.embed_dim=24 model.depth=2 model.num_heads=2
 compare.tissue.encoders=[random,histogram,natural,supervised,mae,sdmae,sdmae_detach] +encoder.sdmae_detach={of:sdmae,detach_teacher:true} encoder.natural.image_size=32
-compare.lesions.encoders=[lesion_random,lesion_histogram,lesion_mae,lesion_miram] compare.lesions.pairs=[[lesion_miram,lesion_mae]] compare.lesions.tasks=[margins]
+compare.lesions.encoders=[lesion_random,lesion_histogram,lesion_mae,lesion_miram] compare.lesions.tasks=[margins]
 pretrain.tissue.epochs=1 pretrain.tissue.batch_size=32 pretrain.tissue.watch_every=1 pretrain.supervised.epochs=1 pretrain.lesions.epochs=1
 probe.few.labels=[30,all] probe.few.neighbours=[1,5] probe.few.C=[0.01,1.0] probe.few.subsets=2
 finetune.few.labels=[30,all] finetune.few.epochs=1 finetune.few.min_steps=2 finetune.few.batch_size=32 finetune.lesions.epochs=2
@@ -331,7 +331,7 @@ def test_a_method_of_ones_own(work):
     write_notebook(registry, work/"nbs"/"methods"/"registry.ipynb")
     (work/"conf"/"encoder"/"toy.yaml").write_text("method: toy\ndata: tissue\npretrain: tissue\noptim: {base_lr: 1.0e-3}\nviews: tissue\nname: My toy\ncolor: tomato\nmarker: P\n")
     sh(work, "nbdev_export")
-    own = ["only=tissue", "+encoder@encoder.toy=toy", "compare.tissue.encoders=[random,mae,toy]", "compare.tissue.pairs=[]"]
+    own = ["only=tissue", "+encoder@encoder.toy=toy", "compare.tissue.encoders=[random,mae,toy]"]
     tiny = [o for o in TINY if not o.startswith(("compare.", "+encoder."))]
     sh(work, "dvc", "exp", "run", *(o for x in tiny + own for o in ("-S", x)))
     page = (work/"reports"/"tissue"/"index.html").read_text()
