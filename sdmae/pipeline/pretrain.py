@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_config', 'made_of', 'feature_watch', 'process_group', 'make_batches', 'make_trainer', 'save_run', 'build',
-           'answers', 'pretrain', 'train', 'num_processes', 'launch', 'first_error', 'arguments', 'end_with_torchrun',
+           'answers', 'train', 'pretrain', 'num_processes', 'launch', 'first_error', 'arguments', 'end_with_torchrun',
            'main']
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c002
@@ -137,6 +137,19 @@ def answers(store:TileStore, section)->dict:
     weights = balance(store.targets(rows, section.target), asked.classes) if section.class_weights else None
     return dict(n_classes=len(asked.classes), multi=asked.multi, weights=weights)
 
+# %% ../../nbs/pipeline/pretrain.ipynb #n004
+def train(P, name, seed, model, store, config, device, precision, live:Path)->tuple[list,dict]: # history, pictures by epoch
+    "Train to the end, with pictures where the method makes any."
+    p = P.encoders[name].pretrain
+    fixed = np.random.default_rng(0).permutation(store.indices("valid"))[:8]
+    pictures = Reconstructions(p.watch_every, store.batch(fixed)) if hasattr(model, "reconstruct") else None
+    if p.compile: compile_blocks(model)
+    torch.manual_seed(seed)
+    trainer = make_trainer(P, name, seed, model, store, config, device, precision, (pictures,) if pictures else ())
+    trainer.callbacks += (LiveLog(live),)
+    return trainer.fit(), pictures.pictures if pictures else {}
+
+# %% ../../nbs/pipeline/pretrain.ipynb #n005
 def pretrain(
     params:str="params.yaml", # from the project's root, as all paths, or absolute
     study:str="tissue",       # the comparison that the encoder belongs to
@@ -157,17 +170,6 @@ def pretrain(
         history, pictures = [], {}
         if e.pretrain: history, pictures = train(P, encoder, seed, model, store, config, device, precision, out/"live")
         if rank_and_world()[0] == 0: save_run(out, model, config, history, pictures, (time.time()-started)/60)
-
-def train(P, name, seed, model, store, config, device, precision, live:Path)->tuple[list,dict]: # history, pictures by epoch
-    "Train to the end, with pictures where the method makes any."
-    p = P.encoders[name].pretrain
-    fixed = np.random.default_rng(0).permutation(store.indices("valid"))[:8]
-    pictures = Reconstructions(p.watch_every, store.batch(fixed)) if hasattr(model, "reconstruct") else None
-    if p.compile: compile_blocks(model)
-    torch.manual_seed(seed)
-    trainer = make_trainer(P, name, seed, model, store, config, device, precision, (pictures,) if pictures else ())
-    trainer.callbacks += (LiveLog(live),)
-    return trainer.fit(), pictures.pictures if pictures else {}
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c017
 def num_processes(P:Params, name:str)->int:
