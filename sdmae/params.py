@@ -61,8 +61,10 @@ class DataParams(Section):
     @model_validator(mode="after")
     def _own(self):
         for name in ("cbis", "masks"):
-            if (self.adapter == name) != (getattr(self, name) is not None): raise ValueError(f"a section {name} belongs to adapter: {name}, and to no other")
-        if (self.image_size is None) != (self.adapter == "masks"): raise ValueError("image_size, px of a prepared tile, must be given, but for adapter: masks")
+            if (self.adapter == name) != (getattr(self, name) is not None):
+                raise ValueError(f"a section {name} belongs to adapter: {name}, and to no other")
+        if (self.image_size is None) != (self.adapter == "masks"):
+            raise ValueError("image_size, px of a prepared tile, must be given, but for adapter: masks")
         return self
 
 # %% ../nbs/params.ipynb #c013
@@ -143,8 +145,11 @@ class EncoderForm(Section):
         "What does not fit together, beyond one parameter."
         if getattr(model, "arch", "vit") != "vit": return []
         lines, widths = [], self.widths(model)
-        if image_size % model.patch_size: lines.append(f"image_size {image_size} is not divisible by patch_size {model.patch_size}: change it, model.image_size, or model.patch_size")
-        if self.pos_embed == "sincos2d" and any(w % 4 for w in widths): lines.append(f"pos_embed sincos2d needs widths divisible by 4, got {widths}")
+        if image_size % model.patch_size:
+            lines.append(f"image_size {image_size} is not divisible by patch_size {model.patch_size}: change it, model.image_size, or "
+                         f"model.patch_size")
+        if self.pos_embed == "sincos2d" and any(w % 4 for w in widths):
+            lines.append(f"pos_embed sincos2d needs widths divisible by 4, got {widths}")
         return lines
 
 # %% ../nbs/params.ipynb #c030
@@ -194,7 +199,8 @@ class PretrainParams(Section):
     @model_validator(mode="after")
     def _parts(self):
         for name in ("accumulate", "num_processes"):
-            if (n := getattr(self, name)) != "auto" and self.batch_size % n: raise ValueError(f"batch_size {self.batch_size} is not divisible by {name} {n}")
+            if (n := getattr(self, name)) != "auto" and self.batch_size % n:
+                raise ValueError(f"batch_size {self.batch_size} is not divisible by {name} {n}")
         return self
     def decisive(self)->dict:
         "What decides the numbers: not how many processes share the work, nor how often they save."
@@ -208,8 +214,10 @@ class ProbeParams(Section):
     labels:list[Labels] = Field(["all"], min_length=1)
     subsets:int = Field(1, ge=1)                        # random draws of each number of labels
     crop:float = Field(1., gt=0, le=1)                  # central share of a tile's side that is looked at
-    neighbours:list[Annotated[int, Field(ge=1)]] = Field([20], min_length=1)   # k; of several the best on validation, among few labels by cross-validation
-    C:list[Annotated[float, Field(gt=0)]] = Field([1e-4, 1e-3, 1e-2, 1e-1, 1., 10., 100.], min_length=1) # inverse regularisation, chosen likewise
+    neighbours:list[Annotated[int, Field(ge=1)]] = Field([20],
+                                                         min_length=1)   # k; of several the best on validation, among few labels by cross-validation
+    C:list[Annotated[float, Field(gt=0)]] = Field([1e-4, 1e-3, 1e-2, 1e-1, 1., 10., 100.],
+                                                  min_length=1) # inverse regularisation, chosen likewise
 
 # %% ../nbs/params.ipynb #c037
 class FinetuneParams(Section):
@@ -235,7 +243,8 @@ class FinetuneParams(Section):
     select:Literal["last","macro_auc"] = "last"         # which epoch counts: the last, or the best on validation
     @model_validator(mode="after")
     def _parts(self):
-        if self.batch_size % self.accumulate: raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
         return self
 
 # %% ../nbs/params.ipynb #c038
@@ -255,7 +264,8 @@ class SegmentParams(Section):
     @model_validator(mode="after")
     def _fits(self):
         if sorted(set(self.blocks)) != self.blocks: raise ValueError(f"blocks must rise, got {self.blocks}")
-        if self.views.rotate or self.views.zoom != (1., 1.): raise ValueError("views: masks are not turned or zoomed with their images; leave rotate at 0 and zoom at [1, 1]")
+        if self.views.rotate or self.views.zoom != (1., 1.):
+            raise ValueError("views: masks are not turned or zoomed with their images; leave rotate at 0 and zoom at [1, 1]")
         if self.image_size % 32: raise ValueError(f"image_size {self.image_size} is not divisible by 32, the coarsest map of the decoder")
         if self.stride > self.image_size: raise ValueError(f"stride {self.stride} leaves gaps between windows of {self.image_size} px")
         return self
@@ -371,7 +381,8 @@ def encoder_of(P:Params, name:str)->EncoderParams:
     values = resolved("encoder", P.encoder, name)
     own = {k: v for k, v in values.items() if k in EncoderParams.model_fields and k not in ("of", "section")}
     own["model"] = typed(ModelParams, model_of(P.model, values.get("model", {})), f"encoder.{name}.model")
-    if budget := values.get("pretrain"): own["pretrain"] = typed(PretrainParams, resolved("pretrain", P.pretrain, budget), f"pretrain.{budget}")
+    if budget := values.get("pretrain"):
+        own["pretrain"] = typed(PretrainParams, resolved("pretrain", P.pretrain, budget), f"pretrain.{budget}")
     section = with_views(P.views, {k: v for k, v in values.items() if k not in EncoderParams.model_fields})
     return typed(EncoderParams, own | dict(section=section, of=P.encoder[name].get("of")), f"encoder.{name}")
 
@@ -384,7 +395,9 @@ def faults_of(P:Params)->list[str]:
         for name in table:
             try: found = make(P, name)
             except ValueError as e: faults += [f for f in str(e).splitlines() if f not in faults]; continue
-            if found.data not in P.data: faults.append(f"{'task' if table is P.task else 'encoder'}.{name}.data: there is no data.{found.data}; there are {', '.join(P.data)}")
+            if found.data not in P.data:
+                faults.append(f"{'task' if table is P.task else 'encoder'}.{name}.data: there is no data.{found.data}; there are "
+                              f"{', '.join(P.data)}")
     return faults + [fault for study in P.compare for fault in faults_of_comparison(P, study)]
 
 def lists_of(P:Params)->dict[str,list]:
@@ -395,9 +408,11 @@ def lists_of(P:Params)->dict[str,list]:
 def faults_of_comparison(P:Params, study:str)->list[str]:
     "What a comparison names and the file lacks."
     c, known = P.compare[study], dict(encoders=P.encoder, tasks=P.task)
-    lost = [f"compare.{study}.{k}: there is no {k[:-1]} {n!r}; there are {', '.join(known[k])}" for k in known for n in getattr(c, k) if n not in known[k]]
+    lost = [f"compare.{study}.{k}: there is no {k[:-1]} {n!r}; there are {', '.join(known[k])}" for k in known for n in getattr(c, k)
+            if n not in known[k]]
     lost += [f"compare.{study}.{k} is empty, and reports lists {study}" for k in known if study in P.reports and not getattr(c, k)]
-    return lost + [f"compare.{study}.pairs: there is no encoder {e!r}" for p in c.pairs for e in p if e.removesuffix("_long") not in P.encoder]
+    return lost + [f"compare.{study}.pairs: there is no encoder {e!r}" for p in c.pairs for e in p
+                   if e.removesuffix("_long") not in P.encoder]
 
 # %% ../nbs/params.ipynb #n003
 @patch
@@ -453,7 +468,8 @@ def parse_params(
     "Parameters from a nested dict. Raises `ValueError` that lists every fault by its path."
     try: return Params.model_validate(values)
     except ValidationError as e: faults = explain(e)
-    raise ValueError(f"{where} cannot be used:\n  " + "\n  ".join(faults) + "\nThe sections and their defaults are described in nbs/params.ipynb.")
+    raise ValueError(f"{where} cannot be used:\n  " + "\n  ".join(faults)
+                     + "\nThe sections and their defaults are described in nbs/params.ipynb.")
 
 # %% ../nbs/params.ipynb #c048
 def load_params(

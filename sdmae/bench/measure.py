@@ -57,7 +57,8 @@ class Entry:
     ):
         self.name, self.configuration, self.device, self.seconds = name, configuration, device, []
         self.model, optim = contestant(name, params, device), method_params(params, "mae").optim
-        self.optimizer = make_optimizer([dict(params=[p for p in self.model.parameters() if p.requires_grad], weight_decay=optim.weight_decay)], optim, 1e-4)
+        self.optimizer = make_optimizer([dict(params=[p for p in self.model.parameters() if p.requires_grad],
+                                              weight_decay=optim.weight_decay)], optim, 1e-4)
         self.run = self.model
         if configuration == "compiled" and name in PEERS: self.run = torch.compile(self.model, dynamic=False)
         elif configuration == "compiled": compile_blocks(self.model)
@@ -160,7 +161,8 @@ def random_store(
     "A prepared store of random tiles, of two classes, all for training but two for each other split."
     split = lambda i: {0: "valid", 1: "test"}.get(i//2, "train")
     records = [Record(f"{i}.png", "ab"[i%2], split(i), "", "", partial(random_tile, i, size)) for i in range(n)]
-    return prepare(Source("random tiles", records, ["a", "b"], True, []), folder, DataParams(name="random tiles", adapter="folder", path="", image_size=size), workers=1)
+    return prepare(Source("random tiles", records, ["a", "b"], True, []), folder,
+                   DataParams(name="random tiles", adapter="folder", path="", image_size=size), workers=1)
 
 def random_tile(i:int, size:int)->np.ndarray: # (size, size, 3) uint8
     return np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8)
@@ -198,8 +200,10 @@ def end_to_end(
     model, optim, size = method_of(params, name, device=store.device), method_params(params, name).optim, params.image_size(name)
     batches = Batches(store, store.indices("train"), batch)
     beside = Beside(Entry(name, configuration, params, store.device), torch.rand(batches.batch_size, 3, size, size, device=store.device))
-    rows = Trainer(model, batches, optim, epochs + 1, store.device, PRECISIONS[configuration], callbacks=(beside,), desc=f"{name}, end to end").fit()[1:]
-    return {k: spread([r[key] for r in rows])["images_per_s"] for k, key in dict(end_to_end="images_per_s", step="step", share="share").items()}
+    rows = Trainer(model, batches, optim, epochs + 1, store.device, PRECISIONS[configuration], callbacks=(beside,),
+                   desc=f"{name}, end to end").fit()[1:]
+    return {k: spread([r[key] for r in rows])["images_per_s"] for k,
+            key in dict(end_to_end="images_per_s", step="step", share="share").items()}
 
 # %% ../../nbs/bench/measure.ipynb #c025
 def compare(
@@ -229,8 +233,10 @@ def complete(row:dict, speed:dict, work:dict, top:dict)->dict:
 # %% ../../nbs/bench/measure.ipynb #c028
 def machine(device:torch.device)->dict:
     "What ran."
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").is_file() else platform.processor()
-    return dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, threads=torch.get_num_threads(), torch=torch.__version__)
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+               platform.processor()) if Path("/proc/cpuinfo").is_file() else platform.processor()
+    return dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, threads=torch.get_num_threads(),
+                torch=torch.__version__)
 
 def ahead(rows:list[dict])->list[dict]: # setting, method, ours, times_fastest_peer, times_shipped: peer → ratio
     "Our methods beside their peers."

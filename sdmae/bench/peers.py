@@ -76,7 +76,8 @@ class Transcription(nn.Module):
         self.project, self.decoder_blocks, self.decoder_norm = copy.deepcopy(d.embed), plain_blocks(d.blocks), copy.deepcopy(d.norm)
         self.mask_token, self.pixels = copy.deepcopy(d.mask_token), copy.deepcopy(own.pixels)
         self.student, self.teacher = PlainHead(own.student_head), PlainHead(own.teacher_head)
-        for name, value in dict(pos=e.pos_embed, decoder_pos=d.pos_embed, center=own.center[None]).items(): self.register_buffer(name, value.detach().clone())
+        for name, value in dict(pos=e.pos_embed, decoder_pos=d.pos_embed, center=own.center[None]).items():
+            self.register_buffer(name, value.detach().clone())
 
     def forward(self, image:Tensor)->Tensor: # (B, 3, S, S) in [0, 1] → scalar
         order = torch.rand(len(image), self.n_tokens, device=image.device).argsort(1)
@@ -145,10 +146,12 @@ class LightlyMAE(nn.Module):
         from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
         m, d, size = params.model, method_params(params, "mae").decoder, params.image_size("mae")
         self.mask_ratio, self.patch_size = method_params(params, "mae").mask_ratio, m.patch_size
-        vit = VisionTransformer(img_size=size, patch_size=m.patch_size, embed_dim=m.embed_dim, depth=m.depth, num_heads=m.num_heads, mlp_ratio=m.mlp_ratio, num_classes=0)
+        vit = VisionTransformer(img_size=size, patch_size=m.patch_size, embed_dim=m.embed_dim, depth=m.depth, num_heads=m.num_heads,
+                                mlp_ratio=m.mlp_ratio, num_classes=0)
         self.backbone = MaskedVisionTransformerTIMM(vit=vit)
         with warnings.catch_warnings(action="ignore"): # announced to go in 1.7
-            self.decoder = MAEDecoderTIMM(num_patches=vit.patch_embed.num_patches, patch_size=m.patch_size, embed_dim=m.embed_dim, decoder_embed_dim=d.embed_dim,
+            self.decoder = MAEDecoderTIMM(num_patches=vit.patch_embed.num_patches, patch_size=m.patch_size, embed_dim=m.embed_dim,
+                                          decoder_embed_dim=d.embed_dim,
                                           decoder_depth=d.depth, decoder_num_heads=d.num_heads, mlp_ratio=m.mlp_ratio)
 
     def forward(self, x:Tensor)->Tensor: # (B, 3, S, S) in [0, 1] → scalar

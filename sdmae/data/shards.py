@@ -35,7 +35,8 @@ def members(
         with tarfile.open(tar, "r:") as t:
             while m := t.next():
                 t.members.clear() # tarfile would keep them all
-                if m.isreg() and m.name.lower().endswith(IMAGES) and not Path(m.name).name.startswith("."): found.append((m.name, m.offset_data, m.size))
+                if m.isreg() and m.name.lower().endswith(IMAGES) and not Path(m.name).name.startswith("."):
+                    found.append((m.name, m.offset_data, m.size))
             if tar.stat().st_size < t.offset + 512: raise tarfile.ReadError("its end mark is missing")
     except tarfile.TarError as e: raise ValueError(f"{tar}: truncated, or not a plain tar ({e}). Get or write it again.") from e
     return found
@@ -72,14 +73,18 @@ class Shards:
         self.table = np.load(self.folder/"index.npy", mmap_mode="r") # (N, 2) first byte and bytes of each image
         self.files = [self.folder/s["file"] for s in self.index["shards"]]
         self.ends = np.cumsum([s["images"] for s in self.index["shards"]])
-        if not len(self.table) == self.ends[-1] == len(self): raise ValueError(f"{self.folder}: index.json and index.npy do not belong together. {again}")
+        if not len(self.table) == self.ends[-1] == len(self):
+            raise ValueError(f"{self.folder}: index.json and index.npy do not belong together. {again}")
         for f, s in zip(self.files, self.index["shards"]):
             if not f.is_file(): raise FileNotFoundError(f"{f} is missing, but index.json lists it. Put it back. {again}")
-            if f.stat().st_size != s["bytes"]: raise ValueError(f"{f}: {f.stat().st_size} bytes, but {s['bytes']} in index.json; it was changed or truncated. Get it again. {again}")
+            if f.stat().st_size != s["bytes"]:
+                raise ValueError(f"{f}: {f.stat().st_size} bytes, but {s['bytes']} in index.json; it was changed or truncated. Get it "
+                                 f"again. {again}")
 
     sha256 = property(lambda self: sha256(self.folder/"index.json"))
     def __len__(self): return self.index["images"]
-    def __repr__(self): return f"Shards({self.folder.name}: {len(self)} images in {len(self.files)} files, {sum(s['bytes'] for s in self.index['shards'])/1e6:.1f} MB)"
+    def __repr__(self):
+        return f"Shards({self.folder.name}: {len(self)} images in {len(self.files)} files, {sum(s['bytes'] for s in self.index['shards'])/1e6:.1f} MB)"
 
 # %% ../../nbs/data/shards.ipynb #c010
 def encoded(
@@ -95,7 +100,8 @@ def encoded(
 
 def rows_of(source, split:str)->np.ndarray:
     "The rows or places of a split in a store or a list of records; `ValueError` where there are none."
-    found = np.flatnonzero([s == split for s in source.table.split] if isinstance(source, TileStore) else [r.split == split for r in source])
+    found = np.flatnonzero([s == split for s in source.table.split] if isinstance(source, TileStore)
+                           else [r.split == split for r in source])
     if not len(found): raise ValueError(f"no tile of the split {split!r} to write")
     return found
 
@@ -117,7 +123,8 @@ def write_shards(
     "Writes the tiles of a split as indexed shards. `ValueError` for an empty split or an unknown format, `FileExistsError` where something else is in the way."
     folder = Path(folder)
     if format not in ("jpg", "png"): raise ValueError(f"format {format!r}: jpg or png")
-    if folder.exists() and not (folder/"index.json").is_file(): raise FileExistsError(f"{folder} exists and holds no shards. Remove it, or name another folder.")
+    if folder.exists() and not (folder/"index.json").is_file():
+        raise FileExistsError(f"{folder} exists and holds no shards. Remove it, or name another folder.")
     rows = np.random.default_rng(seed).permutation(rows_of(source, split))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
@@ -145,7 +152,8 @@ def read(self:Shards,
         with open(tar, "rb") as f:
             for first, size in table[n:n+z-a]:
                 f.seek(first)
-                if f.readinto(out[starts[n]:starts[n]+size]) < size: raise ValueError(f"{tar}: truncated since it was indexed. Get it again.")
+                if f.readinto(out[starts[n]:starts[n]+size]) < size:
+                    raise ValueError(f"{tar}: truncated since it was indexed. Get it again.")
                 n += 1
     return out, starts
 
@@ -179,8 +187,10 @@ class ShardBatches:
         rank:int=0, world:int=1,    # this process, and how many there are
         buffer_mb:float=256.        # of encoded images in a group
     ):
-        if batch_size > len(shards): raise ValueError(f"pretrain.batch_size {batch_size} is more than the {len(shards)} images of {shards.folder}: lower it")
-        if batch_size % world: raise ValueError(f"pretrain.batch_size {batch_size} is not divisible by {world} processes: change one of them")
+        if batch_size > len(shards):
+            raise ValueError(f"pretrain.batch_size {batch_size} is more than the {len(shards)} images of {shards.folder}: lower it")
+        if batch_size % world:
+            raise ValueError(f"pretrain.batch_size {batch_size} is not divisible by {world} processes: change one of them")
         self.shards, self.image_size, self.batch_size, self.seed, self.device = shards, image_size, batch_size, seed, device
         self.rank, self.part, self.buffer = rank, batch_size//world, int(buffer_mb*1e6)
         self.planned, self.held = {}, {}
@@ -290,7 +300,8 @@ def batch(self:ShardBatches, epoch:int, i:int)->tuple[Tensor]: # (B, 3, S, S) ui
 # %% ../../nbs/data/shards.ipynb #c033
 def arguments()->argparse.ArgumentParser:
     "The two commands."
-    parser = argparse.ArgumentParser(prog="python -m sdmae.data.shards", description="Tar files of images for sets larger than memory; pretrain.shards names their folder.")
+    parser = argparse.ArgumentParser(prog="python -m sdmae.data.shards",
+                                     description="Tar files of images for sets larger than memory; pretrain.shards names their folder.")
     sub = parser.add_subparsers(dest="command", required=True)
     p = sub.add_parser("write", help="a split of a prepared store as shards")
     p.add_argument("tiles", help="folder written by the stage prepare: data/prepared")

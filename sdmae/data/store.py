@@ -29,9 +29,11 @@ def fit(
     channels:int=3    # 1: grey
 )->np.ndarray:        # (image_size, image_size, channels) uint8
     "Centre square of `tile`, resized (bicubic, antialiased); `ValueError` if it is smaller than `crop`, longer than 4:1 or not bytes of so many channels."
-    if tile.shape[2:] != ((3,) if channels == 3 else ()) or tile.ndim < 2 or tile.dtype != np.uint8: raise ValueError(f"{path}: {tile.dtype} {tile.shape}, expected uint8 {'(H, W, 3)' if channels == 3 else '(H, W)'}.")
+    if tile.shape[2:] != ((3,) if channels == 3 else ()) or tile.ndim < 2 or tile.dtype != np.uint8:
+        raise ValueError(f"{path}: {tile.dtype} {tile.shape}, expected uint8 {'(H, W, 3)' if channels == 3 else '(H, W)'}.")
     h, w = tile.shape[:2]
-    if max(h,w) > 4*min(h,w): raise ValueError(f"{path}: {w}×{h} px cannot be squared without losing more than three quarters. Cut it into tiles first.")
+    if max(h,w) > 4*min(h,w):
+        raise ValueError(f"{path}: {w}×{h} px cannot be squared without losing more than three quarters. Cut it into tiles first.")
     side = crop or min(h,w)
     if side > min(h,w): raise ValueError(f"{path}: {w}×{h} px is smaller than data.crop = {side}. Lower it, or set it to null.")
     top, left = (h-side)//2, (w-side)//2
@@ -88,7 +90,8 @@ def make_table(
 )->pd.DataFrame: # one row a tile, columns `COLUMNS` and one for each further task
     "What the tiles are, in the order of the tiles."
     number = {c:i for i,c in enumerate(source.classes)}
-    rows = [(r.path, r.label, number[r.label], r.group, r.split, r.centre, *(r.labels.get(t, "") for t in source.tasks)) for r in source.records]
+    rows = [(r.path, r.label, number[r.label], r.group, r.split, r.centre, *(r.labels.get(t, "") for t in source.tasks))
+            for r in source.records]
     return pd.DataFrame(rows, columns=[*COLUMNS, *source.tasks])
 
 # %% ../../nbs/data/store.ipynb #c014
@@ -130,7 +133,8 @@ def make_manifest(
     mean = total/pixels
     std = np.sqrt(square/pixels - mean**2)
     counts = {s: {c: int(((table.split==s) & (table.label==c)).sum()) for c in source.classes} for s in SPLITS}
-    tasks = {name: {"classes":t.classes, "multi":t.multi, "counts":task_counts(table[name], table.split, t)} for name,t in source.tasks.items()}
+    tasks = {name: {"classes":t.classes, "multi":t.multi, "counts":task_counts(table[name], table.split, t)} for name,
+             t in source.tasks.items()}
     notes = source.notes + [f"warning: {odd} of {len(table)} tiles were not square; their centre was kept"]*bool(odd)
     return {"name":source.name, "adapter":data.adapter, "classes":source.classes, "image_size":data.image_size, "channels":source.channels,
             "synthetic":source.synthetic, "notes":notes, "counts":counts, "tasks":tasks,
@@ -160,15 +164,19 @@ def prepare(
     "Writes tiles.npy, table.csv and manifest.json. Raises what reading raises, and `OSError` if the disk is too small; the folder is then as it was."
     folder, n, size, channels = Path(folder), len(source.records), data.image_size, source.channels
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(folder.parent).free) < n*size*size*channels: raise OSError(f"{folder}: {n} tiles need {n*size*size*channels/1e9:.1f} GB, {free/1e9:.1f} GB are free. Make room or set data.limit.")
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) if n >= 2000 or workers else 1
+    if (free := shutil.disk_usage(folder.parent).free) < n*size*size*channels:
+        raise OSError(f"{folder}: {n} tiles need {n*size*size*channels/1e9:.1f} GB, {free/1e9:.1f} GB are free. Make room or set "
+                      f"data.limit.")
+    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+                          else os.cpu_count()) if n >= 2000 or workers else 1
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         new = Path(temporary)/"new"; new.mkdir()
         np.lib.format.open_memmap(new/"tiles.npy", "w+", np.uint8, (n,size,size,channels)).flush()
         sums = run_all([(new/"tiles.npy", i, source.records[i:i+256], data.crop) for i in range(0, n, 256)], workers)
         table = make_table(source)
         table.to_csv(new/"table.csv", index=False)
-        (new/"manifest.json").write_text(json.dumps(make_manifest(source, data, table, sums, new), indent=1, ensure_ascii=False), encoding="utf-8")
+        (new/"manifest.json").write_text(json.dumps(make_manifest(source, data, table, sums, new), indent=1, ensure_ascii=False),
+                                         encoding="utf-8")
         swap(new, folder)
     return TileStore(folder)
 
@@ -183,18 +191,23 @@ class TileStore:
             if not (self.folder/f).is_file(): raise FileNotFoundError(f"{self.folder/f} is missing. Run the stage prepare.")
         self.manifest = json.loads((self.folder/"manifest.json").read_text(encoding="utf-8"))
         self.table = pd.read_csv(self.folder/"table.csv", dtype=str, keep_default_na=False).astype({"target":np.int64})
-        if "tasks" not in self.manifest: raise ValueError(f"{self.folder/'manifest.json'} was written by an earlier version. Run the stage prepare again.")
+        if "tasks" not in self.manifest:
+            raise ValueError(f"{self.folder/'manifest.json'} was written by an earlier version. Run the stage prepare again.")
         try: self.tiles = np.load(self.folder/"tiles.npy", mmap_mode="r")
-        except ValueError as e: raise ValueError(f"{self.folder/'tiles.npy'}: truncated or damaged ({e}). Run the stage prepare again.") from e
-        if len(self.tiles) != len(self.table): raise ValueError(f"{self.folder}: {len(self.tiles)} tiles but {len(self.table)} rows in table.csv. Run the stage prepare again.")
+        except ValueError as e:
+            raise ValueError(f"{self.folder/'tiles.npy'}: truncated or damaged ({e}). Run the stage prepare again.") from e
+        if len(self.tiles) != len(self.table):
+            raise ValueError(f"{self.folder}: {len(self.tiles)} tiles but {len(self.table)} rows in table.csv. Run the stage prepare again.")
 
     classes = property(lambda self: self.manifest["classes"])
-    tasks = property(lambda self: {"label":Task(self.classes, False), **{n: Task(t["classes"], t["multi"]) for n,t in self.manifest["tasks"].items()}})
+    tasks = property(lambda self: {"label":Task(self.classes, False),
+                                   **{n: Task(t["classes"], t["multi"]) for n,t in self.manifest["tasks"].items()}})
     image_size = property(lambda self: self.manifest["image_size"])
     channels = property(lambda self: self.manifest["channels"])
     synthetic = property(lambda self: self.manifest["synthetic"])
     def __len__(self): return len(self.table)
-    def __repr__(self): return f"TileStore({self.folder.name}: {len(self)} tiles of {self.image_size} px, {len(self.classes)} classes, {self.device}{', resident' if self.resident is not None else ''})"
+    def __repr__(self):
+        return f"TileStore({self.folder.name}: {len(self)} tiles of {self.image_size} px, {len(self.classes)} classes, {self.device}{', resident' if self.resident is not None else ''})"
 
 # %% ../../nbs/data/store.ipynb #c030
 @patch
@@ -266,7 +279,8 @@ def subset(self:TileStore,
     y, rng = self.targets(idx, task).numpy(), np.random.default_rng(seed)
     counts = y.sum(0) if y.ndim == 2 else np.bincount(y, minlength=len(self.task(task).classes))
     n = max(round(n_labels*len(idx)), (counts > 0).sum()) if share else n_labels
-    if not (counts > 0).sum() <= n <= len(idx): raise ValueError(f"n_labels = {n}: {split} has {len(idx)} tiles in {(counts > 0).sum()} classes.")
+    if not (counts > 0).sum() <= n <= len(idx):
+        raise ValueError(f"n_labels = {n}: {split} has {len(idx)} tiles in {(counts > 0).sum()} classes.")
     if y.ndim == 2: drawn = [one_of_each_first(idx, y, rng)[:n]]
     else: drawn = [rng.permutation(idx[y==c])[:k] for c,k in enumerate(quotas(counts, n))]
     return np.sort(np.concatenate(drawn))
@@ -351,5 +365,6 @@ def contact_sheet(
         ax.set_title("\n".join([split, *(centres if len(centres) == 1 else [])]), fontsize=9)
         ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     axes[0].set_yticks((np.arange(k)+.5)*store.image_size, store.classes); axes[0].tick_params(length=0)
-    fig.suptitle(store.manifest["name"] + (" (synthetic sample)" if store.synthetic and "synthetic" not in store.manifest["name"] else ""), fontsize=10)
+    fig.suptitle(store.manifest["name"] + (" (synthetic sample)" if store.synthetic and "synthetic" not in store.manifest["name"] else ""),
+                 fontsize=10)
     return fig

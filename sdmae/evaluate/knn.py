@@ -29,15 +29,20 @@ def check_labelled(
 )->tuple[np.ndarray, np.ndarray]:
     "Both as arrays, targets as whole numbers; `ValueError` where they do not fit together, or a class is unknown or missing."
     x, y = np.asarray(x), np.asarray(y)
-    if x.ndim != 2 or y.shape not in (x.shape[:1], (len(x), n_classes)) or not len(y): raise ValueError(f"{name}: features {x.shape} and classes {y.shape} do not fit; expected (n, D) and (n,), or (n, {n_classes}) where a tile may have several labels")
-    if not np.isfinite(x).all(): raise ValueError(f"{name}: row {np.flatnonzero(~np.isfinite(x).all(1))[0]} has features that are not finite")
+    if x.ndim != 2 or y.shape not in (x.shape[:1], (len(x), n_classes)) or not len(y):
+        raise ValueError(f"{name}: features {x.shape} and classes {y.shape} do not fit; expected (n, D) and (n,), or (n, {n_classes}) "
+                         f"where a tile may have several labels")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name}: row {np.flatnonzero(~np.isfinite(x).all(1))[0]} has features that are not finite")
     if y.ndim == 2:
-        if not np.isin(y, (0, 1)).all(): raise ValueError(f"{name}: row {np.flatnonzero(~np.isin(y, (0, 1)).all(1))[0]} has a target that is not 0 or 1")
+        if not np.isin(y, (0, 1)).all():
+            raise ValueError(f"{name}: row {np.flatnonzero(~np.isin(y, (0, 1)).all(1))[0]} has a target that is not 0 or 1")
         constant = np.flatnonzero(y.all(0) | ~y.any(0))
         if complete and len(constant): raise ValueError(f"{name}: label {constant.tolist()} is on no tile or on all; take more labels")
         return x, y.astype(np.int64)
     there = np.unique(y)
-    if there[0] < 0 or there[-1] >= n_classes: raise ValueError(f"{name}: classes {there.tolist()} do not agree with n_classes {n_classes}, which allows 0..{n_classes-1}")
+    if there[0] < 0 or there[-1] >= n_classes:
+        raise ValueError(f"{name}: classes {there.tolist()} do not agree with n_classes {n_classes}, which allows 0..{n_classes-1}")
     missing = np.setdiff1d(np.arange(n_classes), there)
     if complete and len(missing): raise ValueError(f"{name}: no tile of class {missing.tolist()}; take more labels, at least one a class")
     return x, y

@@ -23,7 +23,8 @@ class Task:
         self.classes, self.multi = store.task(target).classes, store.task(target).multi
         self.rows = {s: store.indices(s, target) for s in ("train", "valid", "test")}
         self.y = {s: store.targets(i, target).cpu().numpy() for s, i in self.rows.items()}
-        self.scorer, self.chosen = (WeightedScores, "balanced_accuracy") if target == "label" else (LabelScores, "macro_auc") # chosen: what `valid` says
+        self.scorer, self.chosen = (WeightedScores, "balanced_accuracy") if target == "label" else (LabelScores,
+                                                                                                    "macro_auc") # chosen: what `valid` says
         self.groups, self.units = bootstrap_units(store.groups(self.rows["test"]))
 
     def score(self, y, p)->dict:

@@ -26,7 +26,8 @@ def check_predictions(
     "`ValueError` where the two do not fit together or a row is no distribution over classes."
     t, p = np.asarray(targets), np.asarray(probabilities, dtype=np.float64)
     if p.ndim != 2 or p.shape[1] < 2: raise ValueError(f"probabilities: expected (n, C) with C of at least 2, got {p.shape}")
-    if t.shape != p.shape[:1] or not len(t): raise ValueError(f"targets {t.shape} and probabilities {p.shape}: one target a row is needed, and at least one row")
+    if t.shape != p.shape[:1] or not len(t):
+        raise ValueError(f"targets {t.shape} and probabilities {p.shape}: one target a row is needed, and at least one row")
     if not np.issubdtype(t.dtype, np.integer): raise ValueError(f"targets: class numbers are needed, got {t.dtype}")
     bad = np.flatnonzero((t < 0) | (t >= p.shape[1]))
     if len(bad): raise ValueError(f"targets, row {bad[0]}: class {t[bad[0]]} has no column; there are {p.shape[1]}")
@@ -242,12 +243,14 @@ def check_labels(
         t, p = check_predictions(targets, probabilities)
         return np.eye(p.shape[1], dtype=bool)[t], p
     t, p = np.asarray(targets), np.asarray(probabilities, dtype=np.float64)
-    if t.ndim != 2 or t.shape != p.shape or not len(t): raise ValueError(f"targets {t.shape} and probabilities {p.shape}: several labels need both as (n, C), and at least one row")
+    if t.ndim != 2 or t.shape != p.shape or not len(t):
+        raise ValueError(f"targets {t.shape} and probabilities {p.shape}: several labels need both as (n, C), and at least one row")
     bad = np.flatnonzero(~np.isin(t, (0, 1)).all(1))
     if len(bad): raise ValueError(f"targets, row {bad[0]}: {t[bad[0]]} is not 0 or 1 for each label")
     bad = np.flatnonzero(~((p >= 0) & (p <= 1)).all(1))
     if len(bad): raise ValueError(f"probabilities, row {bad[0]}: {p[bad[0]]} is not within 0 and 1; apply sigmoid first")
-    if not (t.any(0) & ~t.all(0)).any(): raise ValueError(f"targets: no label is present in some and absent in others of {len(t)} tiles; there is nothing to score")
+    if not (t.any(0) & ~t.all(0)).any():
+        raise ValueError(f"targets: no label is present in some and absent in others of {len(t)} tiles; there is nothing to score")
     return t.astype(bool), p
 
 # %% ../../nbs/evaluate/statistics.ipynb #c055

@@ -20,7 +20,8 @@ def need(
     for path in paths:
         if (project_root()/path).exists(): continue
         subprocess.run([sys.executable, "-m", "dvc", "pull", path], cwd=project_root(), check=False, capture_output=True)
-        if not (project_root()/path).exists(): raise FileNotFoundError(f"{path} is missing, and neither the cache nor a remote has it: `dvc repro` makes it")
+        if not (project_root()/path).exists():
+            raise FileNotFoundError(f"{path} is missing, and neither the cache nor a remote has it: `dvc repro` makes it")
 
 # %% ../../nbs/pipeline/main.ipynb #n007
 def prepare(data:str):
@@ -33,7 +34,8 @@ def pretrain(study:str, encoder:str, seed:int):
     "One encoder."
     need(store_of(load_params().encoders[encoder].data))
     out = run_of(study, encoder, seed)
-    run("build/notebooks/pretrain.ipynb", f"{out}/notebook.ipynb", dict(params="params.yaml", study=study, encoder=encoder, seed=seed, out=out))
+    run("build/notebooks/pretrain.ipynb", f"{out}/notebook.ipynb",
+        dict(params="params.yaml", study=study, encoder=encoder, seed=seed, out=out))
 
 # %% ../../nbs/pipeline/main.ipynb #n008
 def config_of(weights:str)->dict:
@@ -71,7 +73,8 @@ def report(study:str):
     from sdmae.pipeline.pages import html
     P, out = load_params(), f"reports/{study}"
     need(*{store_of(P.tasks[t].data) for t in P.compare[study].tasks}, f"runs/{study}", f"evals/{study}")
-    run("build/notebooks/report.ipynb", f"{out}/notebook.ipynb", dict(params="params.yaml", study=study, out=out, metrics=f"metrics/{study}"))
+    run("build/notebooks/report.ipynb", f"{out}/notebook.ipynb",
+        dict(params="params.yaml", study=study, out=out, metrics=f"metrics/{study}"))
     html(project_root()/out/"notebook.ipynb", project_root()/out/"index.html")
 
 # %% ../../nbs/pipeline/main.ipynb #n011
@@ -89,8 +92,10 @@ def arguments():
     add("check", "refuse a params.yaml with a fault; strip the notebooks")
     add("plan", "write what each encoder, task and report is made of")
     for name, (stage, names) in STAGES.items(): add(name, stage.__doc__, *names)
-    add("repro", "run the whole pipeline, independent stages side by side").add_argument("--jobs", type=int, default=0, help="how many at once; by default as many as cores, at most four")
-    add("run", "run a notebook", "notebook", "out").add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME","VALUE"))
+    add("repro", "run the whole pipeline, independent stages side by side").add_argument("--jobs", type=int, default=0,
+                                                                                         help="how many at once; by default as many as cores, at most four")
+    add("run", "run a notebook", "notebook", "out").add_argument("-p", dest="parameters", nargs=2, action="append", default=[],
+                                                                 metavar=("NAME","VALUE"))
     add("readme", "write README.md from nbs/index.ipynb")
     add("html", "an executed notebook as a page", "notebook", "out").add_argument("--code", action="store_true")
     return parser

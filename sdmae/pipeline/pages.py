@@ -34,9 +34,12 @@ def readme(
     from nbconvert import MarkdownExporter
     root = Path(root or project_root())
     nb = nbformat.read(root/path, as_version=4)
-    cells = [dict(c, source=re.sub(r"^#\|.*\n?", "", source(c), flags=re.M)) for c in nb["cells"] if not re.search(r"^#\|\s*hide\s*$", source(c), re.M)]
-    text, resources = MarkdownExporter().from_notebook_node(nbformat.from_dict(dict(nb, cells=cells, metadata=dict(language_info=dict(name="python")))))
-    if resources.get("outputs"): raise ValueError(f"{path} shows pictures as cell outputs: save them under nbs/images/ and refer to them in markdown")
+    cells = [dict(c, source=re.sub(r"^#\|.*\n?", "", source(c), flags=re.M)) for c in nb["cells"]
+             if not re.search(r"^#\|\s*hide\s*$", source(c), re.M)]
+    text, resources = MarkdownExporter().from_notebook_node(nbformat.from_dict(dict(nb, cells=cells,
+                                                                                    metadata=dict(language_info=dict(name="python")))))
+    if resources.get("outputs"):
+        raise ValueError(f"{path} shows pictures as cell outputs: save them under nbs/images/ and refer to them in markdown")
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip()
     return rebase(f"<!-- Made from {path} by `make readme`: edit the notebook. -->\n\n{text}\n", (root/path).parent, root)
 
@@ -50,7 +53,8 @@ def html(
     import nbformat
     from nbconvert import HTMLExporter
     nb = nbformat.read(path, as_version=4)
-    page, _ = HTMLExporter(exclude_input=not code, exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url="", require_js_url="").from_notebook_node(nb, resources=dict(metadata=dict(name=Path(out).stem)))
+    page, _ = HTMLExporter(exclude_input=not code, exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url="",
+                           require_js_url="").from_notebook_node(nb, resources=dict(metadata=dict(name=Path(out).stem)))
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text(page, encoding="utf8")
     return Path(out)

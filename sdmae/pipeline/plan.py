@@ -41,7 +41,8 @@ PROBED_ONLY = ("histogram", "supervised") # methods whose encoders have nothing 
 # %% ../../nbs/pipeline/plan.ipynb #n009
 def data_faults(P:Params)->list[str]:
     "Archives that are not there."
-    return [f"data.{name}.path {d.path} does not exist: put the archives of {d.name!r} there (README, \"The real sets\"), or fetch the sample with `dvc pull data.dvc`"
+    return [f"data.{name}.path {d.path} does not exist: put the archives of {d.name!r} there (README, \"The real sets\"), or fetch the "
+            f"sample with `dvc pull data.dvc`"
             for name, d in P.data.items() if not (project_root()/d.path).exists()]
 
 def check_params(P:Params):
@@ -51,7 +52,8 @@ def check_params(P:Params):
     if faults: raise ValueError("params.yaml cannot be used:\n  " + "\n  ".join(faults))
 
 # %% ../../nbs/pipeline/plan.ipynb #n012
-NOTEBOOKS = dict(prepare="10_prepare", prepare_masks="11_masks", pretrain="20_pretrain", probe="30_probe", finetune="40_finetune", linear_sgd="40_finetune",
+NOTEBOOKS = dict(prepare="10_prepare", prepare_masks="11_masks", pretrain="20_pretrain", probe="30_probe", finetune="40_finetune",
+                 linear_sgd="40_finetune",
                  segment="50_segment", report="60_report") # stage or protocol → notebook
 WITH_PROSE = ("report",) # whose product is a page
 
@@ -90,9 +92,11 @@ def made_of_encoder(P:Params, name:str)->dict: # plain values
     e, root = P.encoders[name], project_root()
     module = METHODS[e.method].split(":")[0]
     shards = e.pretrain and e.pretrain.shards
-    return dict(method=e.method, section=e.section, model=e.model.model_dump(), image_size=P.image_size(name), data=e.data, store=store_hash(e.data),
+    return dict(method=e.method, section=e.section, model=e.model.model_dump(), image_size=P.image_size(name), data=e.data,
+                store=store_hash(e.data),
                 pretrain=e.pretrain and e.pretrain.decisive(), shards=shards and hash_of(root/shards/"index.json"),
-                start=e.start, weights=weights_hash(e.section["weights"] if e.method == "imported" else e.start), device=P.device, precision=P.precision,
+                start=e.start, weights=weights_hash(e.section["weights"] if e.method == "imported"
+                                                    else e.start), device=P.device, precision=P.precision,
                 code=code_hashes(loaded({f"sdmae.methods.{module}"}, root), root))
 
 # %% ../../nbs/pipeline/plan.ipynb #n018
@@ -100,11 +104,13 @@ def made_of_task(P:Params, name:str, protocol:str)->dict:
     "Everything that decides one protocol on one task, but the encoder; `recipe` is None where it does not apply."
     t = P.tasks[name]
     recipe = getattr(t, protocol)
-    return dict(target=t.target, data=t.data, store=store_hash(t.data), recipe=recipe and recipe.model_dump(), device=P.device, precision=P.precision)
+    return dict(target=t.target, data=t.data, store=store_hash(t.data), recipe=recipe and recipe.model_dump(), device=P.device,
+                precision=P.precision)
 
 def made_of_report(P:Params, study:str)->dict:
     "What a report shows, and how it calls it."
-    return dict(compare=P.compare[study].model_dump(), names=report_names(P, study), protocols=P.protocols, seeds=P.seeds, report=P.report.model_dump(),
+    return dict(compare=P.compare[study].model_dump(), names=report_names(P, study), protocols=P.protocols, seeds=P.seeds,
+                report=P.report.model_dump(),
                 budgets={e: P.encoders[e].pretrain and P.encoders[e].pretrain.model_dump() for e in P.compare[study].encoders})
 
 # %% ../../nbs/pipeline/plan.ipynb #n019
@@ -118,8 +124,10 @@ def report_names(P:Params, study:str)->dict[str,dict]: # encoder → name, color
         variant = e.of in listed and "name" not in own and P.encoders[e.of].method == e.method
         changes = flat({k: v for k, v in own.items() if k not in SHOWN}) if variant else {}
         base = flat(P.encoders[e.of].section | dict(model=P.encoders[e.of].model.model_dump())) if variant else {}
-        out[name] = dict(name=None if variant else e.name or name, color=e.color if not variant else own.get("color"), marker=e.marker if not variant else own.get("marker"),
-                         of=e.of if variant else None, changes=changes, defaults={k: base.get(k) for k in changes}, baseline=e.method in BASELINES)
+        out[name] = dict(name=None if variant else e.name or name, color=e.color if not variant else own.get("color"),
+                         marker=e.marker if not variant else own.get("marker"),
+                         of=e.of if variant else None, changes=changes, defaults={k: base.get(k)
+                                                                                  for k in changes}, baseline=e.method in BASELINES)
     return out
 
 BASELINES = ("random", "histogram", "supervised", "imported") # methods that learn nothing from unlabelled tiles
@@ -140,7 +148,9 @@ def difference(
     if old is None: return "new"
     a, b = flat(old), flat(new)
     changed = [k for k in b if k not in a or a[k] != b[k]] + [k for k in a if k not in b]
-    def say(k): return f"code of {k.removeprefix('code.')}" if k.startswith("code.") else k if k in ("store", "weights", "shards") else f"{k}: {a.get(k)} → {b.get(k)}"
+    def say(k):
+        return f"code of {k.removeprefix('code.')}" if k.startswith("code.") else k if k in ("store", "weights",
+                                                                                             "shards") else f"{k}: {a.get(k)} → {b.get(k)}"
     return "; ".join(map(say, changed[:4])) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
 
 # %% ../../nbs/pipeline/plan.ipynb #n024

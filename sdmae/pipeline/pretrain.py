@@ -44,7 +44,8 @@ def run_config(
     e, p = P.encoders[name], P.encoders[name].pretrain
     section = method_params(P, name)
     form = {k: getattr(section, k) for k in ("class_token", "pos_embed") if hasattr(section, k)}
-    return dict(method=e.method, section=section.model_dump(), seed=seed, image_size=P.image_size(name), model=e.model.model_dump(), mean=MEAN, std=STD, form=form,
+    return dict(method=e.method, section=section.model_dump(), seed=seed, image_size=P.image_size(name), model=e.model.model_dump(),
+                mean=MEAN, std=STD, form=form,
                 start=e.start, pretrain=p and p.decisive(), data=store.manifest["name"], tiles=store.manifest["sha256"],
                 device=device.type, precision=str(precision or torch.float32), shards=Shards(project_root()/p.shards).sha256 if p and p.shards else None)
 
@@ -76,7 +77,8 @@ def process_group(device:torch.device):
     "The processes that torchrun started, joined; nothing where there is one. Raises `ValueError` where they would share a GPU."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: yield; return
     if device.type == "cuda":
-        if device.index != int(os.environ["LOCAL_RANK"]): raise ValueError(f"device: {device} is one GPU, for {os.environ['WORLD_SIZE']} processes; use device: cuda")
+        if device.index != int(os.environ["LOCAL_RANK"]):
+            raise ValueError(f"device: {device} is one GPU, for {os.environ['WORLD_SIZE']} processes; use device: cuda")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     yield
@@ -100,8 +102,10 @@ def make_trainer(
 )->Trainer:
     "The engine with what a pre-training needs; its checkpoint is found by `config`."
     p = P.encoders[name].pretrain
-    return Trainer(model, make_batches(P, name, seed, model, store, device), method_params(P, name).optim, p.epochs, device, precision, p.accumulate,
-                   callbacks=(*callbacks, Watch(p.watch_every, feature_watch(store, device, precision))), desc=f"pre-training {name}, seed {seed}",
+    return Trainer(model, make_batches(P, name, seed, model, store, device), method_params(P, name).optim, p.epochs, device, precision,
+                   p.accumulate,
+                   callbacks=(*callbacks, Watch(p.watch_every,
+                                                feature_watch(store, device, precision))), desc=f"pre-training {name}, seed {seed}",
                    checkpoint=project_root()/"checkpoints"/f"{name}-{seed}-{fingerprint(config)}.pt", checkpoint_minutes=p.checkpoint_minutes, made_of=made_of(config))
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c012
@@ -114,7 +118,8 @@ def save_run(
 ):
     "Write what a run leaves, with a note on how it went."
     last = history[-1] if history else None
-    made = dict(torch=torch.__version__, num_processes=rank_and_world()[1], images_per_s=float(np.median([r["images_per_s"] for r in history])) if history else None,
+    made = dict(torch=torch.__version__, num_processes=rank_and_world()[1],
+                images_per_s=float(np.median([r["images_per_s"] for r in history])) if history else None,
                 minutes=minutes, notes=warnings_of(last, model) if history else [], last=last)
     save_encoder(out/"encoder", model.encoder, config)
     save_pictures(out/"reconstructions.npz", pictures)
@@ -185,7 +190,8 @@ def launch(
     **run # the arguments of `pretrain`
 ):
     "Pre-train in so many processes of this machine. Raises `RuntimeError` with their first error."
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "sdmae.pipeline.pretrain", *(f"--{k}={v}" for k, v in run.items())]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m",
+               "sdmae.pipeline.pretrain", *(f"--{k}={v}" for k, v in run.items())]
     with tempfile.TemporaryDirectory() as d:
         told = Path(d)/"error.json"
         env = dict(OMP_NUM_THREADS=str(max(1, os.cpu_count()//processes))) | os.environ | dict(TORCHELASTIC_ERROR_FILE=str(told))
@@ -207,7 +213,8 @@ def first_error(
 # %% ../../nbs/pipeline/pretrain.ipynb #c026
 def arguments():
     "The command line's grammar: the arguments of `pretrain`."
-    parser = argparse.ArgumentParser(prog="python -m sdmae.pipeline.pretrain", description="Pre-train one encoder; under torchrun, in many processes.")
+    parser = argparse.ArgumentParser(prog="python -m sdmae.pipeline.pretrain",
+                                     description="Pre-train one encoder; under torchrun, in many processes.")
     parser.add_argument("--encoder", required=True, help="a section of `encoder` in params.yaml")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--params", default="params.yaml")

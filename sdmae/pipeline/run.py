@@ -33,13 +33,16 @@ def defaults(
     "The parameters of a notebook and their defaults; `None` means: has to be given. Raises `ValueError` without exactly one cell tagged `parameters`."
     tagged = [c for c in nb["cells"] if "parameters" in c.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
-        raise ValueError(f"{name}: {len(tagged)} cells have the tag `parameters`, exactly one must: add it in JupyterLab (property inspector, cell tags)")
+        raise ValueError(f"{name}: {len(tagged)} cells have the tag `parameters`, exactly one must: add it in JupyterLab (property "
+                         f"inspector, cell tags)")
     values = {}
     for node in ast.parse(source(tagged[0])).body:
         names = [t.id for t in getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(t, ast.Name)]
-        if len(names) != 1 or not getattr(node, "value", None): raise ValueError(f"{name}: the cell of parameters holds more than `name = value`: {ast.unparse(node)}")
+        if len(names) != 1 or not getattr(node, "value", None):
+            raise ValueError(f"{name}: the cell of parameters holds more than `name = value`: {ast.unparse(node)}")
         try: values[names[0]] = ast.literal_eval(node.value)
-        except ValueError as e: raise ValueError(f"{name}: the default of {names[0]} must be a plain value, not {ast.unparse(node.value)}") from e
+        except ValueError as e:
+            raise ValueError(f"{name}: the default of {names[0]} must be a plain value, not {ast.unparse(node.value)}") from e
     return values
 
 # %% ../../nbs/pipeline/run.ipynb #c021
@@ -52,7 +55,8 @@ def check_parameters(
     known = defaults(nb, name)
     for k, v in given.items():
         near = difflib.get_close_matches(k, known, 1)
-        if k not in known: raise ValueError(f"{name} has no parameter {k!r}" + (f", but {near[0]!r}" if near else f"; it has {', '.join(known)}"))
+        if k not in known:
+            raise ValueError(f"{name} has no parameter {k!r}" + (f", but {near[0]!r}" if near else f"; it has {', '.join(known)}"))
         kind = type(known[k])
         if known[k] is not None and type(v) is not kind and not (kind is float and type(v) is int):
             raise ValueError(f"{name}: parameter {k} must be {kind.__name__} as its default {known[k]!r}, got {v!r}")
@@ -96,7 +100,8 @@ def why(
     name:str
 )->str:
     "The notebook's own error: which cell, which exception, and the line of the notebook or library that raised it."
-    if not hasattr(error, "ename"): return f"{name} stopped: {error}. A kernel that dies without a message has mostly run out of memory: try a smaller batch_size."
+    if not hasattr(error, "ename"):
+        return f"{name} stopped: {error}. A kernel that dies without a message has mostly run out of memory: try a smaller batch_size."
     trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
     return f"{trace}\n\n{name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
 
@@ -126,9 +131,13 @@ def run(
     partial = root/"build"/"failed"/"-".join(out.relative_to(root).parts if out.is_relative_to(root) else out.parts[-3:])
     partial.parent.mkdir(parents=True, exist_ok=True)
     for name, value in FASTER.items(): os.environ.setdefault(name, value)
-    try: papermill.execute_notebook(path, partial, parameters, cwd=root, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, **KERNEL)
+    try:
+        papermill.execute_notebook(path, partial, parameters, cwd=root, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                                   **KERNEL)
     except KeyboardInterrupt: raise
-    except Exception as e: raise NotebookFailed(f"{why(e, path.name)}\nThe notebook as far as it came: {partial.relative_to(root)}. Earlier results that DVC took away come back with `dvc checkout`.") from e
+    except Exception as e:
+        raise NotebookFailed(f"{why(e, path.name)}\nThe notebook as far as it came: {partial.relative_to(root)}. Earlier results that DVC "
+                             f"took away come back with `dvc checkout`.") from e
     original = root/"nbs"/"pipeline"/nb["metadata"].get("source", "-")
     executed = read_notebook(partial)
     write_notebook(with_prose(executed, read_notebook(original)) if original.is_file() else executed, out)

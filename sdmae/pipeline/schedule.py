@@ -30,7 +30,8 @@ STARTED = re.compile(r"(?:Running stage|Stage) '([^']+)'") # DVC's lines: a stag
 
 class Board:
     "One bar over all stages."
-    def __init__(self, total:int): self.bar, self.now, self.lock = tqdm(total=total, unit="stage", desc="stages", dynamic_ncols=True), {}, threading.Lock()
+    def __init__(self, total:int):
+        self.bar, self.now, self.lock = tqdm(total=total, unit="stage", desc="stages", dynamic_ncols=True), {}, threading.Lock()
 
     def show(self, job:int, stage:str|None):
         "A job is at a stage now; None: it has ended."
@@ -49,7 +50,8 @@ def run_job(
     log.parent.mkdir(parents=True, exist_ok=True)
     env = dict(OMP_NUM_THREADS=str(threads)) | os.environ
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", *stages]
-    with open(log, "w") as out, subprocess.Popen(command, cwd=project_root(), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as p:
+    with open(log, "w") as out, subprocess.Popen(command, cwd=project_root(), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                                 text=True, errors="replace") as p:
         for line in p.stdout:
             out.write(line); out.flush()
             if m := STARTED.match(line): board.show(number, m[1])
@@ -69,8 +71,11 @@ def repro(
     with ThreadPoolExecutor(at_once) as pool: ended = list(pool.map(lambda o: run_job(*o, max(1, cores//at_once), board), enumerate(found)))
     board.bar.close()
     failed = [(stages, log) for stages, (code, log) in zip(found, ended) if code]
-    for stages, log in failed: print(f"\n{stages[0].split('@')[-1]} stopped:\n{last_words(log)}\nAll of it: {log.relative_to(project_root())}", file=sys.stderr)
-    if failed: print(f"\n{len(failed)} of {len(found)} jobs stopped. Mend what they name; the same command goes on, as does `dvc repro`.", file=sys.stderr)
+    for stages, log in failed:
+        print(f"\n{stages[0].split('@')[-1]} stopped:\n{last_words(log)}\nAll of it: {log.relative_to(project_root())}", file=sys.stderr)
+    if failed:
+        print(f"\n{len(failed)} of {len(found)} jobs stopped. Mend what they name; the same command goes on, as does `dvc repro`.",
+              file=sys.stderr)
     return 1 if failed else subprocess.run(dvc, cwd=project_root()).returncode
 
 # %% ../../nbs/pipeline/schedule.ipynb #n011

@@ -75,7 +75,8 @@ def spicules(
     at, length = (np.arange(n) + rng.uniform(-.3, .3, n))*2*np.pi/n, rng.uniform(8, 16, n)
     nearest = abs((np.arange(2048)[:,None]*2*np.pi/2048 - at + np.pi)%(2*np.pi) - np.pi).argmin(1)
     k = nearest[(angle%(2*np.pi)*2048/(2*np.pi)).astype(int)%2048]
-    return np.exp(-(r*np.sin(angle - at[k])/.5)**2)*(np.cos(angle - at[k]) > 0)*sigmoid((r - edge + .8)/.3)*np.clip(1 - (r - edge)/length[k], 0, 1)
+    return np.exp(-(r*np.sin(angle - at[k])/.5)**2)*(np.cos(angle - at[k]) > 0)*sigmoid((r - edge
+                                                                                         + .8)/.3)*np.clip(1 - (r - edge)/length[k], 0, 1)
 
 def halo(
     r:np.ndarray, edge:np.ndarray   # (H, W)
@@ -156,7 +157,8 @@ def specks(
     offsets = rng.uniform(-1.3, 1.3, (3,2,n,1,1))
     return np.max([dots(np.hypot(y - dy, x - dx), rng.uniform(.4, 1.2, n)) for dy,dx in offsets], axis=0)
 
-CALCIFICATIONS = {"PUNCTATE":.3, "ROUND_AND_REGULAR":.08, "LUCENT_CENTER":.05, "PLEOMORPHIC":.75, "FINE_LINEAR_BRANCHING":.92} # share that is malignant
+CALCIFICATIONS = {"PUNCTATE":.3, "ROUND_AND_REGULAR":.08, "LUCENT_CENTER":.05, "PLEOMORPHIC":.75,
+                  "FINE_LINEAR_BRANCHING":.92} # share that is malignant
 
 # %% ../../nbs/sample/lesions.ipynb #c020
 def cluster(
@@ -189,7 +191,8 @@ def make_mammogram(
     return (np.clip(image, 0, 1)**rng.uniform(.75, 1.35)*255).astype(np.uint8), mask
 
 # %% ../../nbs/sample/lesions.ipynb #c026
-RISK = {"ILL_DEFINED":.75, "CIRCUMSCRIBED":.1, "SPICULATED":.93, "MICROLOBULATED":.55, "OBSCURED":.3, **CALCIFICATIONS} # share that is malignant
+RISK = {"ILL_DEFINED":.75, "CIRCUMSCRIBED":.1, "SPICULATED":.93, "MICROLOBULATED":.55, "OBSCURED":.3,
+        **CALCIFICATIONS} # share that is malignant
 
 # %% ../../nbs/sample/lesions.ipynb #c028
 def draw_patient(
@@ -201,7 +204,8 @@ def draw_patient(
     kinds = rng.choice(MARGINS if finding == "mass" else list(CALCIFICATIONS), 2 if several else 1, replace=False).tolist()
     malignant = rng.random() < np.mean([RISK[k] for k in kinds])
     benign = "BENIGN_WITHOUT_CALLBACK" if rng.random() < .15 else "BENIGN"
-    return {"kinds":kinds, "described":"-".join(kinds) if finding == "calc" or rng.random() > .03 else "N/A", "shape":str(rng.choice(list(SHAPES))),
+    return {"kinds":kinds, "described":"-".join(kinds) if finding == "calc" or rng.random() > .03 else "N/A",
+            "shape":str(rng.choice(list(SHAPES))),
             "pathology":"MALIGNANT" if malignant else benign, "density":int(rng.integers(1, 5)), "left":bool(rng.random() < .5)}
 
 # %% ../../nbs/sample/lesions.ipynb #c029
@@ -211,8 +215,10 @@ def case_row(
     p:dict              # of `draw_patient`
 )->dict:
     "A row of a case description, in the spelling of its kind: calcifications have a space where masses have an underscore in the density."
-    kind = {"mass_shape":p["shape"], "mass_margins":p["described"]} if finding == "mass" else {"calc type":p["described"], "calc distribution":"CLUSTERED"}
-    return {"patient_id":patient, "breast_density" if finding == "mass" else "breast density":p["density"], "left or right breast":"LEFT" if p["left"] else "RIGHT",
+    kind = {"mass_shape":p["shape"], "mass_margins":p["described"]} if finding == "mass" else {"calc type":p["described"],
+                                                                                               "calc distribution":"CLUSTERED"}
+    return {"patient_id":patient, "breast_density" if finding == "mass" else "breast density":p["density"],
+            "left or right breast":"LEFT" if p["left"] else "RIGHT",
             "image view":view, "abnormality id":1, "abnormality type":"mass" if finding == "mass" else "calcification", **kind, "assessment":4, "pathology":p["pathology"],
             "subtlety":3, "image file path":f"{name}/000000.dcm", "cropped image file path":f"{name}_1/000000.dcm\n", "ROI mask file path":f"{name}_1/000001.dcm\n"}
 
@@ -223,7 +229,8 @@ def image_bytes(
 )->bytes:
     "A mammogram as JPEG, a mask as PNG of one bit."
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, **({"format":"PNG", "optimize":True} if pixels.dtype == bool else {"format":"JPEG", "quality":quality}))
+    Image.fromarray(pixels).save(out, **({"format":"PNG", "optimize":True} if pixels.dtype == bool
+                                         else {"format":"JPEG", "quality":quality}))
     return out.getvalue()
 
 # %% ../../nbs/sample/lesions.ipynb #c032
@@ -245,8 +252,10 @@ def make_lesions(
                     number += 1; p, patient = draw_patient(np.random.default_rng([seed,number]), finding), f"P_{number:05d}"
                     for v,view in enumerate(("CC","MLO")):
                         name = f"{FINDINGS[finding]}-{PARTS[split]}_{patient}_{'LEFT' if p['left'] else 'RIGHT'}_{view}"
-                        image, mask = make_mammogram(np.random.default_rng([seed,number,v]), finding, p["kinds"], p["shape"], p["density"], p["left"])
-                        add(z, f"{split}/images/{name}_FULL.jpg", image_bytes(image)); add(z, f"{split}/masks/{name}_MASK_1.png", image_bytes(mask))
+                        image, mask = make_mammogram(np.random.default_rng([seed,number,v]), finding, p["kinds"], p["shape"], p["density"],
+                                                     p["left"])
+                        add(z, f"{split}/images/{name}_FULL.jpg", image_bytes(image)); add(z, f"{split}/masks/{name}_MASK_1.png",
+                                                                                           image_bytes(mask))
                         rows.append(case_row(name, patient, finding, view, p))
                 add(z, f"csv/{finding}_case_description_{split}_set.csv", pd.DataFrame(rows).to_csv(index=False))
         z.comment = SYNTHETIC.encode()

@@ -436,7 +436,8 @@ def write_pcam(
     x = [make_patch(np.random.default_rng([*seed,s,i]), t, slides[s], stains[s]) for i,(s,t) in enumerate(zip(slide, y))]
     write_h5(Path(f"{stem}_x.h5"), "x", np.stack(x))
     write_h5(Path(f"{stem}_y.h5"), "y", y.astype(np.uint8).reshape(-1,1,1,1))
-    meta = pd.DataFrame({"coord_y":64*np.arange(n), "coord_x":64*slide, "tumor_patch":y == 1, "center_tumor_patch":y == 1, "wsi":[names[s] for s in slide]})
+    meta = pd.DataFrame({"coord_y":64*np.arange(n), "coord_x":64*slide, "tumor_patch":y == 1, "center_tumor_patch":y == 1,
+                         "wsi":[names[s] for s in slide]})
     meta.to_csv(f"{stem}_meta.csv")
 
 # %% ../../nbs/sample/tissue.ipynb #c062

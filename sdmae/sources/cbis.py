@@ -27,7 +27,8 @@ def read_csv(
 )->pd.DataFrame:            # all text
     "A CSV with its columns spelled in one way; `ValueError` if it cannot be read or lacks a column."
     try: rows = pd.read_csv(io.BytesIO(read_bytes(place, name, name)), dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f"{place/name}: not a CSV that can be read ({e}).") from e
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
+        raise ValueError(f"{place/name}: not a CSV that can be read ({e}).") from e
     rows.columns = [c.strip().lower().replace(" ", "_") for c in rows.columns]
     lacking = [c for c in columns if c not in rows]
     if lacking: raise ValueError(f"{place/name}: column {lacking[0]!r} is missing; there are {list(rows.columns)}.")
@@ -38,7 +39,8 @@ FINDINGS, PARTS, SIDES, VIEWS = {"mass":"Mass", "calc":"Calc"}, {"train":"Traini
 PATHOLOGY = {"BENIGN":"BENIGN", "BENIGN_WITHOUT_CALLBACK":"BENIGN", "MALIGNANT":"MALIGNANT"}
 MARGINS = ["ILL_DEFINED", "CIRCUMSCRIBED", "SPICULATED", "MICROLOBULATED", "OBSCURED"]
 DENSITY = {"1":"NOT_DENSE", "2":"NOT_DENSE", "3":"DENSE", "4":"DENSE"}
-WORDS = {"mass":{"margins":"mass_margins", "shape":"mass_shape"}, "calc":{"calc_type":"calc_type"}} # tasks with several labels, and their columns
+WORDS = {"mass":{"margins":"mass_margins", "shape":"mass_shape"},
+         "calc":{"calc_type":"calc_type"}} # tasks with several labels, and their columns
 
 # %% ../../nbs/sources/cbis.ipynb #c009
 def words(
@@ -63,13 +65,18 @@ def read_cases(
     finding:str, split:str      # "mass" or "calc", "train" or "test"
 )->pd.DataFrame:                # one row a lesion
     "One case description, checked; `ValueError` names file and row."
-    rows, file = read_csv(place, name, ["patient_id", "breast_density", "left_or_right_breast", "image_view", "abnormality_id", "pathology", *WORDS[finding].values()]), place/name
-    for column, known in (("pathology", PATHOLOGY), ("left_or_right_breast", SIDES), ("image_view", VIEWS)): check_values(rows, column, known, file)
+    rows, file = read_csv(place, name, ["patient_id", "breast_density", "left_or_right_breast", "image_view", "abnormality_id", "pathology",
+                                        *WORDS[finding].values()]), place/name
+    for column, known in (("pathology", PATHOLOGY), ("left_or_right_breast", SIDES), ("image_view", VIEWS)):
+        check_values(rows, column, known, file)
     case = f"{FINDINGS[finding]}-{PARTS[split]}_" + rows.patient_id + "_" + rows.left_or_right_breast + "_" + rows.image_view
-    rows = rows.assign(finding=finding, split=split, case=case, lesion=case + "_" + rows.abnormality_id, where=[f"{file}: row {i+2}" for i in range(len(rows))])
-    if (twice := rows.lesion.duplicated()).any(): raise ValueError(f"{rows['where'][twice.argmax()]} describes {rows.lesion[twice.argmax()]} a second time. Keep one of the rows.")
+    rows = rows.assign(finding=finding, split=split, case=case, lesion=case + "_" + rows.abnormality_id,
+                       where=[f"{file}: row {i+2}" for i in range(len(rows))])
+    if (twice := rows.lesion.duplicated()).any():
+        raise ValueError(f"{rows['where'][twice.argmax()]} describes {rows.lesion[twice.argmax()]} a second time. Keep one of the rows.")
     for where, text in zip(rows["where"], rows.get("mass_margins", [])):
-        if unknown := [w for w in words(text) if w not in MARGINS]: raise ValueError(f"{where} has the margin {unknown[0]!r}; known are {', '.join(MARGINS)}.")
+        if unknown := [w for w in words(text) if w not in MARGINS]:
+            raise ValueError(f"{where} has the margin {unknown[0]!r}; known are {', '.join(MARGINS)}.")
     return rows
 
 # %% ../../nbs/sources/cbis.ipynb #c015
@@ -95,7 +102,8 @@ def answers(
     "Labels of a lesion or view."
     malignancy, density = "MALIGNANT" if "MALIGNANT" in set(rows.pathology) else "BENIGN", rows.breast_density.iloc[0]
     said = {t: "|".join(dict.fromkeys(w for text in rows[column] for w in words(text))) for t,column in WORDS[rows.finding.iloc[0]].items()}
-    return {"pathology":f"{malignancy}_{rows.finding.iloc[0].upper()}", "malignancy":malignancy, "density":density if density in DENSITY else "", "dense":DENSITY.get(density, ""), **said}
+    return {"pathology":f"{malignancy}_{rows.finding.iloc[0].upper()}", "malignancy":malignancy,
+            "density":density if density in DENSITY else "", "dense":DENSITY.get(density, ""), **said}
 
 # %% ../../nbs/sources/cbis.ipynb #c019
 def pathologies(
@@ -111,7 +119,8 @@ def all_tasks(
     "The tasks that have an answer anywhere; shapes and types of calcification as the CSVs spell them."
     fixed = dict(pathology=Task(pathologies(findings), False), malignancy=Task(["BENIGN","MALIGNANT"], False), margins=Task(MARGINS, True),
                  density=Task([*DENSITY], False), dense=Task([*dict.fromkeys(DENSITY.values())], False))
-    found = {t: sorted({w for each in labels for w in each.get(t, "").split("|")} - {""}) for t in ("pathology", "malignancy", "margins", "shape", "calc_type", "density", "dense")}
+    found = {t: sorted({w for each in labels for w in each.get(t, "").split("|")} - {""})
+             for t in ("pathology", "malignancy", "margins", "shape", "calc_type", "density", "dense")}
     return {t: fixed.get(t) or Task(classes, True) for t,classes in found.items() if classes}
 
 # %% ../../nbs/sources/cbis.ipynb #c021
@@ -131,7 +140,8 @@ def index_files(
     place:Path              # folder or zip
 )->dict[str,list[str]]:     # mammogram or lesion -> its files inside
     "Files by what they show; `ValueError` for a file that nothing says it of."
-    images, tables = list_files(place, (*SUFFIXES, ".dcm")), [n for n in list_files(place, (".csv",)) if PurePosixPath(n).name == "dicom_info.csv"]
+    images, tables = list_files(place, (*SUFFIXES, ".dcm")), [n for n in list_files(place, (".csv",))
+                                                              if PurePosixPath(n).name == "dicom_info.csv"]
     if tables:
         info = read_csv(place, tables[0], ["patientid", "image_path"])
         keys = {"/".join(PurePosixPath(p).parts[-2:]): k for p,k in zip(info.image_path, info.patientid)}
@@ -139,7 +149,9 @@ def index_files(
     else: key = key_of
     out = {}
     for n in images:
-        if key(n) is None: raise ValueError(f"{place}: {n}: {tables[0] + ' has no row for it' if tables else 'no mammogram is named in its path'}. Take the file out, or correct the name.")
+        if key(n) is None:
+            raise ValueError(f"{place}: {n}: {tables[0] + ' has no row for it' if tables else 'no mammogram is named in its path'}. Take "
+                             f"the file out, or correct the name.")
         out.setdefault(key(n), []).append(n)
     return out
 
@@ -155,7 +167,8 @@ def read_grey(
         pixels = d.pixel_array
         if pixels.ndim != 2: raise ValueError(f"{pixels.shape} pixels, expected one grey image")
     except (InvalidDicomError, AttributeError, KeyError, NotImplementedError, RuntimeError, ValueError, OSError) as e:
-        raise ValueError(f"{path}: truncated, or not a DICOM image that can be read ({e}). Get it again; compressed files need `pip install pylibjpeg pylibjpeg-libjpeg`.") from e
+        raise ValueError(f"{path}: truncated, or not a DICOM image that can be read ({e}). Get it again; compressed files need `pip "
+                         f"install pylibjpeg pylibjpeg-libjpeg`.") from e
     return pixels.max() - pixels if d.get("PhotometricInterpretation") == "MONOCHROME1" else pixels
 
 # %% ../../nbs/sources/cbis.ipynb #c026
@@ -176,7 +189,8 @@ def grey_size(
     try:
         with open_file(place, name) as f: d = dcmread(f, stop_before_pixels=True)
         return d.Columns, d.Rows
-    except (InvalidDicomError, AttributeError, OSError) as e: raise ValueError(f"{path}: truncated, or not a DICOM image ({e}). Get it again.") from e
+    except (InvalidDicomError, AttributeError, OSError) as e:
+        raise ValueError(f"{path}: truncated, or not a DICOM image ({e}). Get it again.") from e
 
 # %% ../../nbs/sources/cbis.ipynb #c030
 def two_valued(
@@ -200,10 +214,12 @@ def choose_mask(
 )->np.ndarray:                  # of `shape`, bool
     "The mask among a lesion's files, told by its content; `ValueError` if there is none, it is empty or has another form."
     masks = [m for m in files.values() if two_valued(m)]
-    if not masks: raise ValueError(f"{where}: none of {', '.join(files)} is a mask of two grey values. Get them again, or take the row out.")
+    if not masks:
+        raise ValueError(f"{where}: none of {', '.join(files)} is a mask of two grey values. Get them again, or take the row out.")
     mask = max(masks, key=lambda m: (same_form(m.shape, shape), m.size))
     h, w = mask.shape
-    if not same_form(mask.shape, shape): raise ValueError(f"{where}: a mask of {w}×{h} px for a mammogram of {shape[1]}×{shape[0]} px. Get it again, or take the row out.")
+    if not same_form(mask.shape, shape):
+        raise ValueError(f"{where}: a mask of {w}×{h} px for a mammogram of {shape[1]}×{shape[0]} px. Get it again, or take the row out.")
     mask = mask > (float(mask.min()) + float(mask.max()))/2
     if not mask.any(): raise ValueError(f"{where}: the mask is empty. Get it again, or take the row out.")
     return mask if mask.shape == shape else np.asarray(Image.fromarray(mask).resize(shape[::-1], Image.Resampling.NEAREST))
@@ -259,7 +275,8 @@ def check_files(
         if len(here) > 1: raise ValueError(f"{where}: {len(here)} images of {case}: {', '.join(here[:3])}. Keep one of them.")
     kinds, known = tuple(FINDINGS[f] for f in rows.finding.unique()), {*rows.case, *rows.lesion, *(rows.case + "_MASK")}
     for key,here in files.items():
-        if key.startswith(kinds) and key not in known: raise ValueError(f"{place}: {here[0]} is in no row of the case descriptions. Take it out, or get the CSVs again.")
+        if key.startswith(kinds) and key not in known:
+            raise ValueError(f"{place}: {here[0]} is in no row of the case descriptions. Take it out, or get the CSVs again.")
 
 # %% ../../nbs/sources/cbis.ipynb #c038
 def with_masks(
@@ -272,12 +289,17 @@ def with_masks(
     if not have.all():
         first = rows[~have].iloc[0]
         if not repacked: raise FileNotFoundError(f"{first['where']}: {place} has no mask of {first.lesion}. Get it, or take the row out.")
-        notes.append(f"warning: {(~have).sum()} of {len(rows)} lesions have no mask of their own and were left out, the first is {first.lesion}")
+        notes.append(f"warning: {(~have).sum()} of {len(rows)} lesions have no mask of their own and were left out, the first is "
+                     f"{first.lesion}")
     for case,lesion,where in rows[have][["case","lesion","where"]].itertuples(index=False):
         size, *sizes = (grey_size(place, n, f"{place.name}/{n}") for n in [files[case][0], *files[lesion]])
-        if not any(same_form(s, size) for s in sizes): raise ValueError(f"{where}: no mask of the mammogram's form: {' and '.join(f'{w}×{h}' for w,h in sizes)} px for {size[0]}×{size[1]} px. Get it again, or take the row out.")
+        if not any(same_form(s, size) for s in sizes):
+            raise ValueError(f"{where}: no mask of the mammogram's form: {' and '.join(f'{w}×{h}' for w,h in sizes)} px for "
+                             f"{size[0]}×{size[1]} px. Get it again, or take the row out.")
         if size not in sizes: odd.append(lesion)
-    if odd: notes.append(f"warning: {len(odd)} masks are larger or smaller than their mammogram and were scaled to it, the first is that of {odd[0]}")
+    if odd:
+        notes.append(f"warning: {len(odd)} masks are larger or smaller than their mammogram and were scaled to it, the first is that of "
+                     f"{odd[0]}")
     return rows[have], notes
 
 # %% ../../nbs/sources/cbis.ipynb #c040
@@ -296,14 +318,19 @@ def cbis(
     "CBIS-DDSM from a folder or a zip: DICOM, JPEG with dicom_info.csv, or re-packed; a record for each lesion or view."
     rows, files, chosen = all_cases(path, data.cbis.findings), index_files(path), data.cbis
     check_files(rows, files, path)
-    notes = [f"read {len(g)} lesions on {g.case.nunique()} mammograms of {g.patient_id.nunique()} patients, {f} {s}, from {path}" for (f,s),g in rows.groupby(["finding","split"], sort=False)]
-    if unknown := (~rows.breast_density.isin(DENSITY)).sum(): notes.append(f"{unknown} lesions have a density outside 1 to 4: not labelled for density")
+    notes = [f"read {len(g)} lesions on {g.case.nunique()} mammograms of {g.patient_id.nunique()} patients, {f} {s}, from {path}" for (f,s),
+             g in rows.groupby(["finding","split"], sort=False)]
+    if unknown := (~rows.breast_density.isin(DENSITY)).sum():
+        notes.append(f"{unknown} lesions have a density outside 1 to 4: not labelled for density")
     if chosen.strict: rows, more = drop_shared(rows); notes += more
     if chosen.images == "lesion": rows, more = with_masks(rows, files, path); notes += more
     records = []
     for key,g in rows.groupby("lesion" if chosen.images == "lesion" else "case", sort=False):
         first, labels = g.iloc[0], answers(g)
         image = files[first.case][0]; shown = f"{path.name}/{image}"
-        read = partial(read_view, path, image, shown) if chosen.images == "view" else partial(read_lesion, path, image, shown, files[key], first["where"])
-        records.append(Record(shown if chosen.images == "view" else f"{shown}#{first.abnormality_id}", labels["pathology"], first.split, first.patient_id, "", read, labels))
-    return Source(data.name, records, pathologies(chosen.findings), is_synthetic(path), notes, publisher=True, tasks=all_tasks([r.labels for r in records], chosen.findings), channels=1)
+        read = partial(read_view, path, image, shown) if chosen.images == "view" else partial(read_lesion, path, image, shown, files[key],
+                                                                                              first["where"])
+        records.append(Record(shown if chosen.images == "view" else f"{shown}#{first.abnormality_id}", labels["pathology"], first.split,
+                              first.patient_id, "", read, labels))
+    return Source(data.name, records, pathologies(chosen.findings), is_synthetic(path), notes, publisher=True,
+                  tasks=all_tasks([r.labels for r in records], chosen.findings), channels=1)

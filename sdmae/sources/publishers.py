@@ -49,8 +49,12 @@ NCT_TRAIN, NCT_TEST = ("NCT-CRC-HE-100K", "NCT-CRC-HE-100K-NONORM"), ("CRC-VAL-H
 def _nct_place(folder, stems):
     "The one zip or folder of these names in `folder`."
     found = [folder/f"{s}{e}" for s in stems for e in (".zip", "") if (folder/f"{s}{e}").exists()]
-    if not found: raise FileNotFoundError(f"{folder}: {' or '.join(s + '.zip' for s in stems)} (or its unpacked folder) is missing. Get it from Zenodo record 1214456.")
-    if len(found) > 1: raise ValueError(f"{folder}: {' and '.join(f.name for f in found)} both lie there. Point data.path at the training set you mean, or move one away.")
+    if not found:
+        raise FileNotFoundError(f"{folder}: {' or '.join(s + '.zip' for s in stems)} (or its unpacked folder) is missing. Get it from "
+                                f"Zenodo record 1214456.")
+    if len(found) > 1:
+        raise ValueError(f"{folder}: {' and '.join(f.name for f in found)} both lie there. Point data.path at the training set you mean, "
+                         f"or move one away.")
     return found[0]
 
 # %% ../../nbs/sources/publishers.ipynb #c011
@@ -59,7 +63,9 @@ def _nct_records(place, split):
     records, centre = [], place.name.removesuffix(".zip")
     images = list_images(place, place.name)
     for (name, read, path), (inner, label) in zip(images, parse_layout([n for n,_,_ in images], place)):
-        if inner or label not in NCT_CLASSES: raise ValueError(f"{path}: expected <archive>/<class>/<image> with a class of {', '.join(NCT_CLASSES)}; the folder is {label!r}.")
+        if inner or label not in NCT_CLASSES:
+            raise ValueError(f"{path}: expected <archive>/<class>/<image> with a class of {', '.join(NCT_CLASSES)}; the folder is "
+                             f"{label!r}.")
         records.append(Record(path, label, split, "", centre, read))
     return records
 
@@ -68,7 +74,8 @@ def nct(
     path:Path, data:DataParams
 )->Source: # not yet split further
     "NCT-CRC-HE-100K (or NONORM) as train, CRC-VAL-HE-7K as test, zips or folders. `path`: their folder, or the training set itself."
-    if not path.exists(): raise FileNotFoundError(f"{path} does not exist. Put NCT-CRC-HE-100K.zip and CRC-VAL-HE-7K.zip there, or change data.path.")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist. Put NCT-CRC-HE-100K.zip and CRC-VAL-HE-7K.zip there, or change data.path.")
     own = path.name.removesuffix(".zip") in NCT_TRAIN
     places = {"train": path if own else _nct_place(path, NCT_TRAIN), "test": _nct_place(path.parent if own else path, NCT_TEST)}
     records = {s: _nct_records(p, s) for s,p in places.items()}
@@ -114,10 +121,12 @@ def _pcam_h5(folder, split):
     stem = f"camelyonpatch_level_2_split_{split}"
     file = folder/f"{stem}_x.h5"
     x, y = _h5_array(file, "x"), _h5_array(folder/f"{stem}_y.h5", "y")[:].reshape(-1)
-    if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != np.uint8: raise ValueError(f"{file}: x is {x.dtype} {x.shape}, expected uint8 (N, 96, 96, 3).")
+    if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != np.uint8:
+        raise ValueError(f"{file}: x is {x.dtype} {x.shape}, expected uint8 (N, 96, 96, 3).")
     if len(x) != len(y): raise ValueError(f"{file}: {len(x)} tiles but {len(y)} labels in {stem}_y.h5.")
     wrong = np.flatnonzero(~np.isin(y, (0, 1)))
-    if len(wrong): raise ValueError(f"{folder/stem}_y.h5: label {y[wrong[0]]} in row {wrong[0]} is out of range; PatchCamelyon has 0 and 1.")
+    if len(wrong):
+        raise ValueError(f"{folder/stem}_y.h5: label {y[wrong[0]]} in row {wrong[0]} is out of range; PatchCamelyon has 0 and 1.")
     slides = _pcam_slides(folder/f"{stem}_meta.csv", len(y))
     return [Record(f"{file.name}#{i}", PCAM_CLASSES[int(t)], split, g, "", partial(read_h5, file, i, f"{file.name}#{i}"))
             for i,(t,g) in enumerate(zip(y, slides))]
@@ -145,7 +154,8 @@ def pcam(
         return Source(data.name, records, PCAM_CLASSES, synthetic, notes, publisher=True)
     source = folder(path, data)
     for r in source.records:
-        if r.label.lower() not in PCAM_LABELS: raise ValueError(f"{r.path}: label {r.label!r} is out of range; expected 0 or 1, normal or tumor.")
+        if r.label.lower() not in PCAM_LABELS:
+            raise ValueError(f"{r.path}: label {r.label!r} is out of range; expected 0 or 1, normal or tumor.")
     return replace(source, records=[replace(r, label=PCAM_LABELS[r.label.lower()]) for r in source.records], classes=PCAM_CLASSES)
 
 # %% ../../nbs/sources/publishers.ipynb #c024
@@ -157,7 +167,8 @@ def folder(
     layout = parse_layout([n for n,_,_ in images], path)
     records = [Record(shown, label, split, "", "", read) for (_,read,shown),(split,label) in zip(images, layout)]
     classes = sorted({r.label for r in records})
-    notes = [f"read {n} tiles in {len(classes)} classes from {path}{': ' + s if s else ''}" for s,n in Counter(r.split for r in records).items()]
+    notes = [f"read {n} tiles in {len(classes)} classes from {path}{': ' + s if s else ''}" for s,
+             n in Counter(r.split for r in records).items()]
     return Source(data.name, records, classes, is_synthetic(path), notes)
 
 # %% ../../nbs/sources/publishers.ipynb #c026
@@ -167,7 +178,8 @@ def read_rows(
     "The CSV's rows; `ValueError` on a missing column, an empty label, an unknown or only partly given split."
     if not path.is_file(): raise FileNotFoundError(f"{path} is not a file. data.path must name a CSV with columns path and label.")
     try: rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f"{path}: not a CSV that can be read ({e}).") from e
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not a CSV that can be read ({e}).") from e
     lacking = {"path","label"} - set(rows.columns)
     if lacking: raise ValueError(f"{path}: column {sorted(lacking)[0]!r} is missing; there are {list(rows.columns)}.")
     for c in ("group","split","centre"):
@@ -176,7 +188,9 @@ def read_rows(
         if (rows[c].str.strip() == "").any(): raise ValueError(f"{path}: row {(rows[c].str.strip() == '').argmax()+2} has no {c}.")
     splits = rows.split.str.strip().str.lower()
     wrong = ~splits.isin([*SPLIT_NAMES, ""]) | (splits.eq("") & splits.ne("").any())
-    if wrong.any(): raise ValueError(f"{path}: row {wrong.argmax()+2} has split {rows.split[wrong.argmax()]!r}; expected one of train, valid, test in every row, or none at all.")
+    if wrong.any():
+        raise ValueError(f"{path}: row {wrong.argmax()+2} has split {rows.split[wrong.argmax()]!r}; expected one of train, valid, test in "
+                         f"every row, or none at all.")
     return rows.assign(split=splits.map(lambda s: SPLIT_NAMES.get(s, "")))
 
 # %% ../../nbs/sources/publishers.ipynb #c027
@@ -222,7 +236,9 @@ def check_groups(
     torn = sorted(g for g,s in splits.items() if len(s) > 1)
     if not torn: return []
     first = f"group {torn[0]!r} is in {' and '.join(s for s in SPLITS if s in splits[torn[0]])}"
-    if not publisher: raise ValueError(f"{first}: tiles of one patient or slide must stay in one split. Correct the column split, or leave it out to have it drawn.")
+    if not publisher:
+        raise ValueError(f"{first}: tiles of one patient or slide must stay in one split. Correct the column split, or leave it out to "
+                         f"have it drawn.")
     return [f"warning: groups in two splits, as their publisher has it: {len(torn)}; {first}"]
 
 # %% ../../nbs/sources/publishers.ipynb #c037
@@ -250,9 +266,13 @@ def check_splits(
     counts, notes = Counter((r.split, r.label) for r in records), []
     for s in SPLITS:
         lacking = [c for c in classes if not counts[s,c]]
-        if len(lacking) == len(classes): raise ValueError(f"{place}: the split {s!r} is empty. Give it tiles; where a set comes as train and val only, name val test: a valid split that is missing is drawn from train by data.valid_fraction.")
-        if lacking and s == "train": raise ValueError(f"{place}: class {lacking[0]!r} has no tile in train. Add some, or name it in data.drop_classes.")
-        if len(lacking) == len(classes) - 1: raise ValueError(f"{place}: the split {s!r} has one class only, scores need two. Add tiles of {', '.join(lacking[:3])}.")
+        if len(lacking) == len(classes):
+            raise ValueError(f"{place}: the split {s!r} is empty. Give it tiles; where a set comes as train and val only, name val test: a "
+                             f"valid split that is missing is drawn from train by data.valid_fraction.")
+        if lacking and s == "train":
+            raise ValueError(f"{place}: class {lacking[0]!r} has no tile in train. Add some, or name it in data.drop_classes.")
+        if len(lacking) == len(classes) - 1:
+            raise ValueError(f"{place}: the split {s!r} has one class only, scores need two. Add tiles of {', '.join(lacking[:3])}.")
         if lacking: notes.append(f"warning: {s} has no tile of {', '.join(lacking)}")
     return notes
 

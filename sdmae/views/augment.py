@@ -57,9 +57,12 @@ def rand_augment(
     policy:str  # timm's, e.g. "rand-m9-mstd0.5-inc1"
 )->Tensor:      # (B, 3, H, W)
     "timm's RandAugment, image by image. Raises `ValueError` in one of several processes."
-    if rank_and_world()[1] > 1: raise ValueError("views.rand_augment draws from generators that processes do not share: set pretrain.num_processes to 1, or use color_jitter in its place")
+    if rank_and_world()[1] > 1:
+        raise ValueError("views.rand_augment draws from generators that processes do not share: set pretrain.num_processes to 1, or use "
+                         "color_jitter in its place")
     fill = tuple(round(255*m) for m in MEAN)
-    augment = rand_augment_transform(policy, dict(translate_const=int(min(x.shape[-2:])*0.45), img_mean=fill, interpolation=Image.Resampling.BICUBIC))
+    augment = rand_augment_transform(policy, dict(translate_const=int(min(x.shape[-2:])*0.45), img_mean=fill,
+                                                  interpolation=Image.Resampling.BICUBIC))
     images = (rgb(x)*255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return to_unit(torch.from_numpy(np.stack([np.asarray(augment(Image.fromarray(i))) for i in images])).permute(0, 3, 1, 2).to(x.device))
 
