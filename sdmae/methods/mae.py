@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from ..params import MaskedParams, ModelParams
 from ..views.draws import draw_rows
 from ..views.augment import Views, normalize, to_unit, center_resize
-from ..models.vit import build_encoder
+from ..models.encoders import build_encoder
 from ..models.decoders import Decoder, random_masking, pixel_target, denormalize, paste, structure_r2
 
 # %% ../../nbs/methods/mae.ipynb #c005

@@ -9,7 +9,7 @@ __all__ = ['RandomEncoder']
 import torch
 from torch import nn
 from ..params import RandomParams, ModelParams
-from ..models.vit import build_encoder
+from ..models.encoders import build_encoder
 
 # %% ../../nbs/methods/random.ipynb #c004
 class RandomEncoder(nn.Module):
