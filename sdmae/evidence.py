@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 from .params import load_params, project_root
 from .data.store import TileStore
 from .models.natural import NaturalEncoder
-from .models.vit import load_encoder
+from .models.encoders import load_encoder
 from .train.engine import pick_device, pick_precision
 from .evaluate.features import colour_histogram, extract
 from .evaluate.finetune import fit_classifier, predict

@@ -69,17 +69,28 @@ class DataParams(Section):
 
 # %% ../nbs/params.ipynb #c013
 class ModelParams(Section):
-    "The vision transformer that is pre-trained."
-    patch_size:int = Field(ge=1)            # px
-    embed_dim:int = Field(ge=1)
-    depth:int = Field(ge=1)                 # blocks
-    num_heads:int = Field(ge=1)
-    mlp_ratio:float = Field(4., gt=0)
-    image_size:int|None = Field(None, ge=8) # px that the network sees; None: the prepared tile's
+    "The encoder: a vision transformer by its sizes, or a convolutional network that timm knows by name."
+    arch:str = "vit"                              # or timm's name: resnet18, resnet50, convnext_atto, …
+    patch_size:int|None = Field(None, ge=1)       # px; this and the next four are the vision transformer's
+    embed_dim:int|None = Field(None, ge=1)
+    depth:int|None = Field(None, ge=1)            # blocks
+    num_heads:int|None = Field(None, ge=1)
+    mlp_ratio:float|None = Field(None, gt=0)      # 4 when not given
+    image_size:int|None = Field(None, ge=8)       # px that the network sees; None: the prepared tile's
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ratio(cls, given):
+        if not isinstance(given, dict) or given.get("arch", "vit") != "vit" or given.get("mlp_ratio") is not None: return given
+        return given | dict(mlp_ratio=4.)
 
     @model_validator(mode="after")
-    def _heads(self):
-        if self.embed_dim % self.num_heads: raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+    def _sizes(self):
+        sizes = {k: getattr(self, k) for k in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+        absent, given = ([k for k, v in sizes.items() if (v is None) == no] for no in (True, False))
+        if self.arch != "vit" and given: raise ValueError(f"{', '.join(given)}: timm knows the sizes of {self.arch}; leave them out, or set arch: vit")
+        if self.arch == "vit" and absent: raise ValueError(f"{', '.join(absent)}: a vision transformer needs {'it' if len(absent) == 1 else 'them'}")
+        if self.arch == "vit" and self.embed_dim % self.num_heads: raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
         return self
 
 # %% ../nbs/params.ipynb #c015
@@ -143,7 +154,7 @@ class EncoderForm(Section):
         prepared:int|None # px of the prepared image
     )->list[str]:         # a line each, beginning with the parameter
         "What does not fit together, beyond one parameter."
-        if getattr(model, "arch", "vit") != "vit": return []
+        if model.arch != "vit": return []
         lines, widths = [], self.widths(model)
         if image_size % model.patch_size:
             lines.append(f"image_size {image_size} is not divisible by patch_size {model.patch_size}: change it, model.image_size, or "
@@ -373,7 +384,7 @@ def model_of(
     changes:dict # of an encoder
 )->dict:
     "The base model with an encoder's changes; another `arch` brings its own shape, and starts anew."
-    other = "arch" in changes and changes["arch"] != getattr(base, "arch", None)
+    other = changes.get("arch", base.arch) != base.arch
     return changes if other else base.model_dump() | changes
 
 def encoder_of(P:Params, name:str)->EncoderParams:

@@ -12,7 +12,8 @@ from sdmae.evaluate.knn import nearest
 from sdmae.evaluate.segment import Segmenter
 from sdmae.methods.registry import METHODS, build_method, method_class
 from sdmae.models.decoders import DecoderParams
-from sdmae.models.vit import attention_maps, build_encoder, suit_attention
+from sdmae.models.encoders import build_encoder
+from sdmae.models.vit import attention_maps, suit_attention
 from sdmae.params import EncoderForm, FinetuneParams, ModelParams, OptimParams, SegmentParams, ViewParams
 from sdmae.views.augment import MEAN, STD, Views, center_resize, normalize, to_unit
 from toys import Follower

@@ -15,7 +15,8 @@ from sdmae.methods.miram import MIRAM, MIRAMParams, Nystrom, NystromParams, fine
 from sdmae.methods.sdmae import SDMAE, SDMAEParams, teacher_statistics
 from sdmae.models.decoders import DecoderParams
 from sdmae.models.heads import HeadParams
-from sdmae.models.vit import build_encoder, compile_blocks, sincos1d, sincos2d
+from sdmae.models.encoders import build_encoder
+from sdmae.models.vit import compile_blocks, sincos1d, sincos2d
 from sdmae.models.weights import our_mae_name
 from sdmae.reference import compare, float64, main
 from sdmae.views import augment

@@ -16,7 +16,8 @@ from sdmae.sources.masks import Pair, decode_mask, instances, read_pairs, split_
 from sdmae.evaluate.segment import (STRIDES, Segmenter, SegmentViews, Windows, crop_nearest, fit_segmenter, lift, mirrored, overlaps,
                                     pixel_cells, predict_masks, segment_encoder, segment_groups, segment_scores, sliding, starts)
 from sdmae.evaluate.statistics import draw_weights
-from sdmae.models.vit import Encoder, build_encoder, position_table, save_encoder
+from sdmae.models.encoders import build_encoder, save_encoder
+from sdmae.models.vit import Encoder, position_table
 from sdmae.pipeline.run import run
 from sdmae.params import EncoderForm, ModelParams, OptimParams, SegmentParams, ViewParams
 from sdmae.views.augment import normalize

@@ -7,7 +7,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from sdmae.params import DecoderParams, EncoderForm, HeadParams, ImportedParams, MAEParams, MIRAMParams, ModelParams, OptimParams, SDMAEParams
-from sdmae.models.vit import Encoder, build_encoder, load_encoder, save_encoder, sincos1d
+from sdmae.models.encoders import build_encoder, load_encoder, save_encoder
+from sdmae.models.vit import Encoder, sincos1d
 from sdmae.models.weights import (encoder_weights, export_timm, find_encoder, import_encoder, load_method, main, only_weights, read_checkpoint, weights_in)
 from sdmae.methods.imported import Imported
 from sdmae.methods.mae import MAE

@@ -15,7 +15,8 @@ from pydantic import Field
 from ..params import EncoderForm, ModelParams, OptimParams, ViewParams
 from ..views.draws import draw_rows
 from ..views.augment import Views, normalize, to_unit, center_resize
-from ..models.vit import build_encoder, patchify, take
+from ..models.encoders import build_encoder
+from ..models.vit import patchify, take
 from ..models.decoders import Decoder, DecoderParams
 
 # %% ../../nbs/methods/masked.ipynb #n005
@@ -30,6 +31,7 @@ class MaskedParams(EncoderForm):
     def widths(self, model)->list[int]: return [model.embed_dim, self.decoder.embed_dim]
 
     def faults(self, model, image_size, prepared)->list[str]:
+        if model.arch != "vit": return [f"method hides patches, which {model.arch} does not have: give the encoder a vision transformer (model.arch: vit)"]
         n = (image_size // model.patch_size)**2
         hidden = int(self.mask_ratio*n) >= 1 and int((1-self.mask_ratio)*n) >= 1
         return super().faults(model, image_size, prepared) + ([] if hidden else [f"mask_ratio {self.mask_ratio} leaves no visible or no masked token of {n}"])

@@ -8,7 +8,7 @@ __all__ = ['RandomParams', 'RandomEncoder']
 # %% ../../nbs/methods/random.ipynb #c002
 from torch import nn
 from ..params import EncoderForm, ModelParams
-from ..models.vit import build_encoder
+from ..models.encoders import build_encoder
 
 # %% ../../nbs/methods/random.ipynb #c004
 class RandomParams(EncoderForm):

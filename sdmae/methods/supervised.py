@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from pydantic import Field
 from ..params import EncoderForm, ModelParams, OptimParams, ViewParams
 from ..views.augment import Views, normalize
-from ..models.vit import build_encoder
+from ..models.encoders import build_encoder
 
 # %% ../../nbs/methods/supervised.ipynb #n004
 class SupervisedParams(EncoderForm):
@@ -41,7 +41,7 @@ class Supervised(nn.Module):
         if params.class_weights != (weights is not None): raise ValueError(f"class_weights: {str(params.class_weights).lower()}, but weights are {weights}")
         self.params, self.multi = params, multi
         self.views, self.encoder = Views(params.views, image_size), build_encoder(image_size, model, params)
-        self.head = nn.Linear(self.encoder.num_features, n_classes)
+        self.head = nn.Linear(self.encoder.width, n_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01); nn.init.zeros_(self.head.bias)
         self.register_buffer("weights", weights)
 

@@ -9,7 +9,7 @@ __all__ = ['source_of', 'start_from']
 from pathlib import Path
 from torch import nn
 from ..params import project_root
-from .vit import load_weights
+from .encoders import load_weights
 from .weights import find_encoder, make_encoder
 
 # %% ../../nbs/models/start.ipynb #n004

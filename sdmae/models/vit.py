@@ -4,20 +4,17 @@
 
 # %% auto #0
 __all__ = ['sincos1d', 'sincos2d', 'position_table', 'patchify', 'take', 'Encoder', 'xavier_init', 'suit_attention',
-           'compile_blocks', 'attention_maps', 'build_encoder', 'save_encoder', 'load_encoder', 'load_weights']
+           'compile_blocks', 'has_attention', 'attention_maps']
 
 # %% ../../nbs/models/vit.ipynb #c002
-import json, math
+import math
 from functools import partial
-from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
+from timm.layers import Attention, resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
-from timm.layers import Attention
 from fastcore.basics import patch
-from safetensors.torch import save_file, load_file
-from ..params import ModelParams, EncoderForm
 
 # %% ../../nbs/models/vit.ipynb #c005
 def sincos1d(
@@ -75,6 +72,7 @@ def take(
 # %% ../../nbs/models/vit.ipynb #c016
 class Encoder(VisionTransformer):
     "timm's vision transformer with fixed positions, able to see a subset of the tokens."
+    kind, head_parts = "vit", ("head", "fc_norm")   # how it is saved; what a fine-tuning draws anew, the linear map first
     def __init__(self,
         image_size:int,                 # px
         patch_size:int,                 # px
@@ -86,13 +84,19 @@ class Encoder(VisionTransformer):
         drop_path:float=0.,
         final_norm:bool=True,           # LayerNorm on the tokens; a fine-tuned encoder has none
     ):
-        super().__init__(img_size=image_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
+        super().__init__(img_size=image_size, dynamic_img_size=True, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
             mlp_ratio=mlp_ratio, class_token=class_token, num_classes=num_classes, global_pool=dict(mean="avg", token="token")[pool] if num_classes else "",
             drop_path_rate=drop_path, final_norm=final_norm, norm_layer=partial(nn.LayerNorm, eps=1e-6), weight_init="skip")
         table = position_table(pos_embed, image_size//patch_size, embed_dim, self.num_prefix_tokens)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
-        self.image_size = image_size
+        self.image_size, self.width, self.resampled = image_size, embed_dim, {}
+        self.strides, self.widths = [patch_size]*depth, [embed_dim]*depth
         xavier_init(self)
+
+    @property
+    def network(self)->VisionTransformer:
+        "timm's own model: the encoder itself."
+        return self
 
 # %% ../../nbs/models/vit.ipynb #c018
 def xavier_init(model:nn.Module):
@@ -104,6 +108,29 @@ def xavier_init(model:nn.Module):
     if getattr(model, "cls_token", None) is not None: nn.init.normal_(model.cls_token, std=0.02)
     if isinstance(getattr(model, "head", None), nn.Linear): nn.init.trunc_normal_(model.head.weight, std=2e-5)
 
+# %% ../../nbs/models/vit.ipynb #n000
+@patch
+def grid(self:Encoder,
+    x:Tensor           # (B, 3, H, W)
+)->tuple[int,int]:     # rows, columns
+    "Patches along each side of an image. Raises `ValueError` where they do not tile it."
+    p, (H, W) = self.strides[0], x.shape[-2:]
+    if H % p or W % p: raise ValueError(f"images of {H} × {W} px cannot be cut into patches of {p} px")
+    return H//p, W//p
+
+@patch
+def positions(self:Encoder,
+    grid:tuple[int,int] # patches: rows, columns
+)->Tensor:              # (1, prefix + rows·columns, D)
+    "The position table of a grid: bicubic with antialiasing, as timm's `resample_abs_pos_embed`."
+    source, own, key = self.pos_embed, self.patch_embed.grid_size, (*grid, self.pos_embed.device)
+    if tuple(grid) == own: return source
+    made = self.resampled.get(key)
+    if made is None or made[0] is not source or made[1] != source._version:
+        with torch.inference_mode(False), torch.no_grad(): table = resample_abs_pos_embed(source, grid, own, self.num_prefix_tokens)
+        made = self.resampled[key] = (source, source._version, table)
+    return made[2]
+
 # %% ../../nbs/models/vit.ipynb #c020
 @patch
 def embed(self:Encoder,
@@ -111,13 +138,13 @@ def embed(self:Encoder,
     ids:Tensor=None    # (B, n) visible patches; all when None
 )->Tensor:             # (B, prefix + n, D)
     "Patch tokens with their positions, class token in front."
-    p = self.patch_embed.proj
-    patches, pos = patchify(x, p.kernel_size[0]), self.pos_embed[:, self.num_prefix_tokens:]
+    p, table = self.patch_embed.proj, self.positions(self.grid(x))
+    patches, pos = patchify(x, p.kernel_size[0]), table[:, self.num_prefix_tokens:]
     if ids is not None:
         patches, pos = take(patches, ids), take(pos.expand(len(x), -1, -1), ids)
     tokens = F.linear(patches.flatten(2), p.weight.flatten(1), p.bias) + pos
     if self.cls_token is None: return tokens
-    cls = self.cls_token + self.pos_embed[:, :1]
+    cls = self.cls_token + table[:, :1]
     return torch.cat([cls.expand(len(x), -1, -1), tokens], 1)
 
 # %% ../../nbs/models/vit.ipynb #c021
@@ -135,6 +162,22 @@ def pooled(self:Encoder,
 )->Tensor:   # (B, D)
     "Mean of the patch tokens, without the class token: the feature that probes see."
     return self.tokens(x)[:, self.num_prefix_tokens:].mean(1)
+
+@patch
+def maps(self:Encoder,
+    x:Tensor,        # (B, 3, H, W) normalised images
+    blocks:list[int] # ascending, from 0
+)->list[Tensor]:     # (B, D, rows, columns) each
+    "Patch tokens after some blocks, as feature maps, without the final norm."
+    return self.forward_intermediates(x, indices=blocks, intermediates_only=True)
+
+@patch
+def forward_features(self:Encoder,
+    x:Tensor,        # (B, 3, H, W) normalised images
+    **kwargs         # timm's masks, which are not used
+)->Tensor:           # (B, prefix + N, D)
+    "What timm's `forward` builds on: the tokens."
+    return self.tokens(x)
 
 # %% ../../nbs/models/vit.ipynb #c026
 def suit_attention(
@@ -154,12 +197,17 @@ def compile_blocks(model:nn.Module)->nn.Module:
     return model
 
 # %% ../../nbs/models/vit.ipynb #c031
+def has_attention(encoder:nn.Module)->bool:
+    "Can `attention_maps` be drawn?"
+    return isinstance(encoder, Encoder)
+
 @torch.no_grad()
 def attention_maps(
     encoder:Encoder,
     x:Tensor # (B, 3, H, W) normalised images
-)->Tensor:   # (B, grid, grid), each summing to 1
-    "How much the last block attends to each patch, averaged over heads and queries (class token alone, where there is one)."
+)->Tensor:   # (B, rows, columns), each summing to 1
+    "How much the last block attends to each patch, averaged over heads and queries (class token alone, where there is one). Raises `ValueError` for other encoders."
+    if not has_attention(encoder): raise ValueError(f"a {type(encoder).__name__} has no attention: pictures of it are for vision transformers alone")
     *rest, last = encoder.blocks
     t = encoder.embed(x)
     for block in rest: t = block(t)
@@ -168,60 +216,4 @@ def attention_maps(
     q, k, _ = a.qkv(last.norm1(t)).reshape(B, N, 3, a.num_heads, D//a.num_heads).permute(2, 0, 3, 1, 4)
     weights = (q @ k.transpose(-2, -1) * a.scale).softmax(-1).mean(1)
     maps = (weights[:, 0] if n else weights.mean(1))[:, n:]
-    return (maps / maps.sum(1, keepdim=True)).unflatten(1, encoder.patch_embed.grid_size)
-
-# %% ../../nbs/models/vit.ipynb #c034
-def build_encoder(
-    image_size:int,   # px
-    model:ModelParams,
-    form:EncoderForm, # class token and positions
-    **kwargs          # num_classes, drop_path, final_norm
-)->Encoder:
-    "An encoder as the parameters say."
-    return Encoder(image_size, model.patch_size, model.embed_dim, model.depth, model.num_heads, model.mlp_ratio,
-                   class_token=form.class_token, pos_embed=form.pos_embed, **kwargs)
-
-# %% ../../nbs/models/vit.ipynb #c035
-def save_encoder(
-    folder:str|Path, # made where missing
-    encoder:Encoder,
-    config:dict      # at least image_size, model, form, mean, std
-):
-    "Write `encoder.safetensors` (timm's names, no head) and `config.json`, which also says whether there is a final norm."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().float().cpu().contiguous() for k, v in encoder.state_dict().items() if not k.startswith(("head", "fc_norm"))}
-    save_file(state, folder/"encoder.safetensors")
-    config = config | dict(final_norm=isinstance(encoder.norm, nn.LayerNorm))
-    (folder/"config.json").write_text(json.dumps(config, indent=1))
-
-# %% ../../nbs/models/vit.ipynb #c036
-def load_encoder(
-    folder:str|Path,  # as written by `save_encoder`
-    device="cpu",
-    **kwargs          # num_classes, drop_path: a new head is drawn, and the final norm is not carried over
-)->tuple[Encoder,dict]: # encoder, configuration
-    "An encoder from its folder. Raises `FileNotFoundError`, and `ValueError` naming what does not fit."
-    folder = Path(folder)
-    for name in ("encoder.safetensors", "config.json"):
-        if not (folder/name).is_file(): raise FileNotFoundError(f"{folder/name} does not exist: run `dvc repro` to make it.")
-    config = json.loads((folder/"config.json").read_text())
-    kwargs = dict(final_norm=config.get("final_norm", True)) | kwargs
-    encoder = build_encoder(config["image_size"], ModelParams(**config["model"]), EncoderForm(**config["form"]), **kwargs)
-    load_weights(encoder, load_file(folder/"encoder.safetensors"), where=folder/"encoder.safetensors")
-    return suit_attention(encoder, device).to(device), config
-
-# %% ../../nbs/models/vit.ipynb #c037
-def load_weights(
-    encoder:Encoder,
-    state:dict,         # name → tensor, timm's names
-    where:str|Path=""   # named in errors
-):
-    "Load encoder weights; a head of the model may be new. Raises `ValueError` naming missing and misshapen weights."
-    own = encoder.state_dict()
-    new = {k for k in own if k.startswith(("head", "fc_norm"))}
-    missing = sorted(own.keys() - state.keys() - new)
-    shapes = [f"{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} here" for k, v in state.items() if k in own and v.shape != own[k].shape]
-    unknown = sorted(state.keys() - own.keys() - {"norm.weight", "norm.bias"})
-    if missing or shapes or unknown:
-        raise ValueError(f"{where} is of another architecture. Missing: {missing[:4]}; unknown: {unknown[:4]}; other shapes: {shapes[:4]}")
-    encoder.load_state_dict(state, strict=False)
+    return (maps / maps.sum(1, keepdim=True)).unflatten(1, encoder.grid(x))

@@ -6,8 +6,9 @@
 __all__ = ['BESIDE', 'NAMES', 'MAE_NAMES', 'SIGNS', 'PLAIN', 'PARTS', 'SIZES', 'Ignored', 'load_pickled', 'weights_in',
            'read_checkpoint', 'our_name', 'join_biases', 'our_state', 'our_mae_name', 'layout_of', 'encoder_part',
            'shape_of', 'positions_of', 'encoder_weights', 'fit_positions', 'only_weights', 'timm_model', 'from_folder',
-           'from_file', 'find_encoder', 'check_same', 'choose_heads', 'make_encoder', 'import_encoder', 'method_state',
-           'load_method', 'timm_arguments', 'export_timm', 'arguments', 'described', 'main']
+           'told_by', 'from_file', 'from_timm', 'find_encoder', 'check_same', 'choose_heads', 'make_convolutional',
+           'make_transformer', 'make_encoder', 'import_encoder', 'method_state', 'load_method', 'timm_arguments',
+           'timm_weights', 'export_timm', 'arguments', 'described', 'main']
 
 # %% ../../nbs/models/weights.ipynb #c002
 import argparse, hashlib, json, math, os, re, sys
@@ -17,11 +18,14 @@ import timm, torch
 from torch import nn, Tensor
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from ..params import ModelParams, EncoderForm
 from ..views.augment import MEAN, STD
-from .vit import Encoder, build_encoder, load_encoder, load_weights, position_table, save_encoder
+from .convnet import ConvEncoder, check_convolutional
+from .encoders import build_encoder, encoder_folder, load_encoder, load_weights, save_encoder
+from .natural import PACKAGED, packaged_network
+from .vit import Encoder, position_table
 
 # %% ../../nbs/models/weights.ipynb #c005
 class Ignored:
@@ -222,66 +226,79 @@ def only_weights():
         if before is not None: os.environ[key] = before
 
 def timm_model(
-    name:str, # "vit_small_patch16_224.augreg_in21k", "timm/…", "hf-hub:owner/name", "local-dir:folder"
+    name:str, # "vit_small_patch16_224.augreg_in21k", "resnet50", "timm/…", "hf-hub:owner/name", "local-dir:folder"
     **kwargs  # of `timm.create_model`
-)->VisionTransformer:
-    "A pre-trained vision transformer of timm. Raises `ValueError` where there is none of that name, or it is of another kind."
+)->nn.Module:
+    "A pre-trained network of timm, without classifier. Raises `ValueError` where there is none of that name, or it is of another kind."
     known, absent = name.removeprefix("timm/"), f"{name} is no file or folder here"
     if "/" in known and ":" not in known:
         raise ValueError(f"{absent}, and no model of timm has a slash in its name; those of the Hugging Face Hub are named hf-hub:owner/name")
+    if known in PACKAGED: return packaged_network(known).eval()
     try:
         with only_weights(): model = timm.create_model(known, pretrained=True, num_classes=0, **kwargs)
     except Exception as e: raise ValueError(f"{absent}, and timm cannot make it ({type(e).__name__}: {str(e).strip()[:200]})") from e # of timm, the hub or the network
-    if not isinstance(model, VisionTransformer): raise ValueError(f"{name} is a {type(model).__name__}; only vision transformers are read")
+    if not isinstance(model, VisionTransformer): check_convolutional(model, name)
     return model.eval()
 
 # %% ../../nbs/models/weights.ipynb #c038
 def from_folder(folder:Path)->dict:
-    "Weights of a folder that `save_encoder` wrote."
-    for name in ("encoder.safetensors", "config.json"):
-        if not (folder/name).is_file(): raise FileNotFoundError(f"{folder/name} does not exist: {folder} is no folder of an encoder.")
+    "Weights of a folder that `save_encoder` wrote, or of a run's folder above it."
+    inside = encoder_folder(folder)
     try:
-        config = json.loads((folder/"config.json").read_text())
-        known = dict(num_heads=config["model"]["num_heads"], mean=config["mean"], std=config["std"])
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{folder/'config.json'} is no configuration of an encoder ({type(e).__name__}: {e})") from e
-    return dict(from_file(folder/"encoder.safetensors"), name=folder.name, **known)
+        config = json.loads((inside/"config.json").read_text())
+        known = dict(mean=config["mean"], std=config["std"], kind=config.get("kind", "vit"))
+        if known["kind"] == "vit": known |= dict(num_heads=config["model"]["num_heads"])
+        if known["kind"] == "timm": known |= dict(arch=config["model"]["arch"], image_size=config["image_size"])
+    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{inside/'config.json'} is no configuration of an encoder ({type(e).__name__}: {e})") from e
+    if known["kind"] == "histogram": raise ValueError(f"{folder} holds a colour histogram, which has no weights")
+    return dict(from_file(inside/"encoder.safetensors"), name=folder.name, **known)
+
+def told_by(path:Path)->dict:
+    "What a file of `export_timm` says of a convolutional network; nothing of other files."
+    if path.suffix != ".safetensors": return {}
+    with safe_open(path, "pt") as f: notes = f.metadata() or {}
+    if notes.get("kind") != "timm": return {}
+    return dict(kind="timm", arch=json.loads(notes["create_model"])["model_name"], **{k: json.loads(notes[k]) for k in ("mean", "std", "image_size")})
 
 def from_file(path:Path)->dict:
     "Weights of a file."
     state = read_checkpoint(path)
     with open(path, "rb") as f: sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    return dict(state=state, name=path.name, sha256=sha256)
+    return dict(told_by(path), state=state, name=path.name, sha256=sha256)
+
+def from_timm(model:nn.Module, name:str)->dict:
+    "Weights of timm's network, and what it says of itself."
+    cfg, plain = model.pretrained_cfg, isinstance(model, VisionTransformer)
+    sizes = dict(kind="vit", num_heads=model.blocks[0].attn.num_heads) if plain else dict(kind="timm", arch=cfg["architecture"], image_size=cfg["input_size"][-1])
+    return dict(state=model.state_dict(), name=name, mean=list(cfg["mean"]), std=list(cfg["std"]), **sizes)
 
 # %% ../../nbs/models/weights.ipynb #c039
 def find_encoder(
     source:str|Path, # folder of an encoder, checkpoint file, or a name that timm knows
     **kwargs         # of `timm.create_model`
-)->dict: # layout, state, sizes; num_heads, mean, std and sha256 where known; name, source
+)->dict: # kind, state, layout, sizes; arch of a convolutional network; num_heads, mean, std and sha256 where known; name, source
     "An encoder's weights and what is known beside them. Raises `FileNotFoundError`, and `ValueError` naming source and fault."
     path, model = Path(source), None
     if path.is_dir(): found = from_folder(path)
     elif path.is_file() or path.suffix in (".pth", ".pt", ".bin", ".safetensors"): found = from_file(path)
-    else:
-        model = timm_model(str(source), **kwargs)
-        found = dict(state=model.state_dict(), name=str(source), num_heads=model.blocks[0].attn.num_heads,
-                     mean=list(model.pretrained_cfg["mean"]), std=list(model.pretrained_cfg["std"]))
-    layout, state, sizes = encoder_weights(found["state"], source)
-    found = dict(num_heads=None, mean=None, std=None, sha256=None) | found | dict(source=source, layout=layout, state=state, sizes=sizes)
+    else: found = from_timm(model := timm_model(str(source), **kwargs), str(source))
+    found = dict(kind="vit", num_heads=None, mean=None, std=None, sha256=None, image_size=None, layout="timm", sizes={}) | found | dict(source=source)
+    if found["kind"] == "vit": found |= dict(zip(("layout", "state", "sizes"), encoder_weights(found["state"], source)))
     if model is not None: check_same(make_encoder(found)[0], model, source)
     return found
 
 # %% ../../nbs/models/weights.ipynb #c041
 @torch.no_grad()
 def check_same(
-    encoder:Encoder, model:VisionTransformer,
+    encoder:Encoder|ConvEncoder, model:nn.Module,
     where:str|Path="" # named in the error
 ):
-    "Raises `ValueError` where our encoder's tokens are not the model's."
-    x = torch.randn(1, 3, *encoder.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
-    ours, theirs = encoder.eval().tokens(x), model.forward_features(x)
+    "Raises `ValueError` where our encoder's tokens, or last feature map, are not the model's."
+    x = torch.randn(1, 3, encoder.image_size, encoder.image_size, generator=torch.Generator().manual_seed(0))
+    ours, theirs = encoder.eval().network.forward_features(x), model.forward_features(x)
     apart = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     if not apart <= 1e-4:
-        raise ValueError(f"{where} has the weights of this encoder but computes other tokens ({apart:.1e} of the largest apart): its activation or norm is another")
+        raise ValueError(f"{where} has the weights of this encoder but computes other features ({apart:.1e} of the largest apart): its activation or norm is another")
 
 # %% ../../nbs/models/weights.ipynb #c043
 def choose_heads(
@@ -298,13 +315,22 @@ def choose_heads(
     return n
 
 # %% ../../nbs/models/weights.ipynb #c044
-def make_encoder(
+def make_convolutional(
+    found:dict,             # of `find_encoder`
+    image_size:int=None     # px; that of the weights when None
+)->tuple[ConvEncoder,dict]: # encoder, what its configuration says beside the normalisation
+    "A convolutional network with the weights found."
+    size, model = image_size or found["image_size"], ModelParams(arch=found["arch"])
+    encoder = build_encoder(size, model, EncoderForm())
+    load_weights(encoder, found["state"], where=found["source"])
+    return encoder, dict(image_size=size, model=model.model_dump(), imported=dict(source=found["name"], sha256=found["sha256"], layout=found["layout"]))
+
+def make_transformer(
     found:dict,             # of `find_encoder`
     image_size:int=None,    # px; that of the weights when None
-    num_heads:int=None,     # where `found` does not tell
-    mean=None, std=None     # 3 numbers each, of training; ImageNet's when neither given nor known
-)->tuple[Encoder,dict]:     # encoder, configuration
-    "An encoder with the weights found. Raises `ValueError` naming what does not fit."
+    num_heads:int=None      # where `found` does not tell
+)->tuple[Encoder,dict]:     # encoder, what its configuration says beside the normalisation
+    "A vision transformer with the weights found."
     sizes, source, heads = found["sizes"], found["source"], choose_heads(found, num_heads)
     state, size, positions = fit_positions(found["state"], sizes, image_size, source)
     model = ModelParams(num_heads=heads, **{k: sizes[k] for k in ("patch_size", "embed_dim", "depth", "mlp_ratio")})
@@ -314,14 +340,24 @@ def make_encoder(
     load_weights(encoder, state, where=source)
     made = dict(source=found["name"], sha256=found["sha256"], layout=found["layout"], positions=positions,
                 num_heads="known" if found["num_heads"] else "given" if num_heads else "width / 64")
-    return encoder.eval(), dict(image_size=size, model=model.model_dump(), form=form.model_dump(exclude={"image_size"}), mean=list(mean or found["mean"] or MEAN),
-                                std=list(std or found["std"] or STD), imported=made)
+    return encoder, dict(image_size=size, model=model.model_dump(), form=form.model_dump(exclude={"image_size"}), imported=made)
+
+def make_encoder(
+    found:dict,             # of `find_encoder`
+    image_size:int=None,    # px; that of the weights when None
+    num_heads:int=None,     # of a vision transformer, where `found` does not tell
+    mean=None, std=None     # 3 numbers each, of training; ImageNet's when neither given nor known
+)->tuple[Encoder|ConvEncoder,dict]: # encoder, configuration
+    "An encoder with the weights found. Raises `ValueError` naming what does not fit."
+    if found["kind"] == "vit": encoder, config = make_transformer(found, image_size, num_heads)
+    else: encoder, config = make_convolutional(found, image_size)
+    return encoder.eval(), config | dict(mean=list(mean or found["mean"] or MEAN), std=list(std or found["std"] or STD))
 
 # %% ../../nbs/models/weights.ipynb #c045
 def import_encoder(
     source:str|Path,      # checkpoint file, or a name that timm knows
     out:str|Path,         # folder, made where missing
-    num_heads:int=None,   # where the source does not tell; width / 64 when None
+    num_heads:int=None,   # of a vision transformer, where the source does not tell; width / 64 when None
     image_size:int=None,  # px; that of the weights when None
     mean=None, std=None,  # 3 numbers each; those of the source when None, ImageNet's where it has none
     **kwargs              # of `timm.create_model`, where `source` is a name
@@ -376,22 +412,35 @@ def timm_arguments(
     return args | dict(num_classes=0, global_pool="avg", fc_norm=False)
 
 # %% ../../nbs/models/weights.ipynb #c055
-def export_timm(
-    folder:str|Path,       # of an encoder
-    out:str|Path,          # .safetensors
-    class_token:bool=None  # True adds one of zeros to an encoder that has none; None: as the encoder is
-)->dict:                   # arguments of `timm.create_model`, `checkpoint_path` among them
-    "Write an encoder for timm. Raises `FileNotFoundError`, and `ValueError` where the class token cannot be had as asked."
-    (encoder, config), out = load_encoder(folder), Path(out)
-    if out.suffix != ".safetensors": raise ValueError(f"{out}: timm tells a file by its ending, which has to be .safetensors")
-    own, state = encoder.cls_token is not None, {k: v.contiguous() for k, v in encoder.state_dict().items()}
-    if own and class_token is False: raise ValueError(f"{folder} was trained with a class token, which cannot be taken away: leave class_token out")
+def timm_weights(
+    encoder:Encoder|ConvEncoder, config:dict, # of an encoder's folder
+    class_token:bool|None,
+    where:str|Path=""                         # named in errors
+)->tuple[dict,dict]:                          # state, arguments of `timm.create_model`
+    "An encoder's weights for timm. Raises `ValueError` where the class token cannot be had as asked."
+    if encoder.kind == "histogram": raise ValueError(f"{where} holds a colour histogram, which has no weights")
+    if encoder.kind == "timm":
+        if class_token is not None: raise ValueError(f"{where} is a convolutional network, which has no class token: leave class_token out")
+        return encoder.network.state_dict(), dict(model_name=encoder.arch, num_classes=0)
+    own, state = encoder.cls_token is not None, encoder.state_dict()
+    if own and class_token is False: raise ValueError(f"{where} was trained with a class token, which cannot be taken away: leave class_token out")
     if class_token and not own:
         zero = torch.zeros(1, 1, config["model"]["embed_dim"])
         state |= dict(cls_token=zero, pos_embed=torch.cat([zero, state["pos_embed"]], 1))
-    args = timm_arguments(config, own or bool(class_token))
+    return state, timm_arguments(config, own or bool(class_token))
+
+def export_timm(
+    folder:str|Path,       # of an encoder
+    out:str|Path,          # .safetensors
+    class_token:bool=None  # True adds one of zeros to a vision transformer that has none; None: as the encoder is
+)->dict:                   # arguments of `timm.create_model`, `checkpoint_path` among them
+    "Write an encoder for timm. Raises `FileNotFoundError`, and `ValueError` naming what cannot be had as asked."
+    (encoder, config), out = load_encoder(folder), Path(out)
+    if out.suffix != ".safetensors": raise ValueError(f"{out}: timm tells a file by its ending, which has to be .safetensors")
+    state, args = timm_weights(encoder, config, class_token, folder)
+    notes = dict(format="pt", kind=encoder.kind, create_model=json.dumps(args), **{k: json.dumps(config[k]) for k in ("mean", "std", "image_size")})
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, out, metadata=dict(format="pt", create_model=json.dumps(args), mean=json.dumps(config["mean"]), std=json.dumps(config["std"])))
+    save_file({k: v.contiguous() for k, v in state.items()}, out, metadata=notes)
     return args | dict(checkpoint_path=str(out))
 
 # %% ../../nbs/models/weights.ipynb #c061
@@ -414,7 +463,9 @@ def arguments():
 
 def described(config:dict)->str:
     "One line on an imported encoder."
-    m, i, token = config["model"], config["imported"], "a" if config["form"]["class_token"] else "no"
+    m, i = config["model"], config["imported"]
+    if m["arch"] != "vit": return f"{m['arch']} of timm, images of {config['image_size']} px, mean {config['mean']}, std {config['std']}"
+    token = "a" if config["form"]["class_token"] else "no"
     return (f"{i['layout']} layout, {m['depth']} blocks, {m['embed_dim']} wide, {m['num_heads']} heads ({i['num_heads']}), {token} class token, "
             f"images of {config['image_size']} px in patches of {m['patch_size']}, positions {i['positions']}, mean {config['mean']}, std {config['std']}")
 
