@@ -63,7 +63,7 @@ def check_made_of(
 ):
     "Raises `ValueError` naming what differs, and the way out."
     then = state.get("made_of")
-    found = differences(then, made_of) if then else ["it does not say of what"]
+    found = ["it does not say of what"] if then is None else differences(then, made_of)
     if found:
         raise ValueError(f"{path} was made of something else: {'; '.join(found)}. "
                          "Delete it to start again, or go back to what made it")
