@@ -7,7 +7,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from timm.layers import Attention
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF, InterpolationMode
-from sdmae.evaluate.features import colour_histogram, extract
+from sdmae.evaluate.features import extract
 from sdmae.evaluate.finetune import fit_classifier, predict
 from sdmae.params import EncoderForm, FinetuneParams, ModelParams, OptimParams, Section, ViewParams
 from sdmae.methods.mae import MAE, MAEParams
@@ -581,8 +581,11 @@ def test_parts_of_a_supervised_batch_add_up(kwargs):
     assert torch.allclose(*grads, atol=1e-6) and grads[0].norm() > 0
 
 
-def test_the_histogram_is_that_of_evaluation():
-    "Bit for bit, through the path that every encoder's features take."
-    tiles = torch.randint(0, 256, (6, 3, 24, 24), dtype=torch.uint8)
+@pytest.mark.parametrize("channels", [3, 1])
+def test_the_histogram_is_numpys(channels):
+    "Through the path that every encoder's features take."
+    tiles = torch.randint(0, 256, (6, 3, 24, 24), dtype=torch.uint8)[:, :channels]
     store, m = SimpleNamespace(batch=lambda rows: tiles[torch.as_tensor(rows)]), method_class("histogram")(None, SHAPE, 24)
-    assert np.array_equal(extract(m.encoder, store, np.arange(6), **m.normalization, device="cpu"), colour_histogram(store, np.arange(6)))
+    found = extract(m.encoder, store, np.arange(6), **m.normalization, device="cpu").reshape(6, -1, 16)
+    for image, shares in zip(tiles.expand(-1, found.shape[1], -1, -1), found):
+        for c, share in zip(image, shares): np.testing.assert_allclose(share, np.histogram(c, 16, (0, 256))[0]/24**2, rtol=1e-6)
