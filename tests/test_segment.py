@@ -16,7 +16,8 @@ from sdmae.sources.masks import Pair, decode_mask, instances, read_pairs, split_
 from sdmae.evaluate.segment import (STRIDES, Segmenter, SegmentViews, Windows, crop_nearest, fit_segmenter, lift, mirrored, overlaps,
                                     pixel_cells, predict_masks, segment_encoder, segment_groups, segment_scores, sliding, starts)
 from sdmae.evaluate.statistics import draw_weights
-from sdmae.models.vit import Encoder, build_encoder, position_table, save_encoder
+from sdmae.models.encoders import build_encoder, save_encoder
+from sdmae.models.vit import Encoder, position_table
 from sdmae.notebooks import run
 from sdmae.params import EncoderForm, ModelParams, OptimParams, SegmentParams, ViewParams
 from sdmae.views.augment import normalize
@@ -208,9 +209,10 @@ def test_positions_are_resampled(saved, class_token, kind):
     same, _ = segment_encoder(folder, 32)
     other, config = segment_encoder(folder, 64)
     assert torch.equal(same.pos_embed, table) and config["mean"] == [0.5]*3
-    assert torch.equal(other.pos_embed, resample_abs_pos_embed(table, [8, 8], num_prefix_tokens=prefix))
-    assert torch.equal(other.pos_embed[:, :prefix], table[:, :prefix]) and not other.pos_embed.requires_grad
-    corners = other.pos_embed[0, prefix:].reshape(8, 8, 32)[::7, ::7], table[0, prefix:].reshape(4, 4, 32)[::3, ::3]
+    positions = other.positions((8, 8))
+    assert torch.equal(positions, resample_abs_pos_embed(table, [8, 8], num_prefix_tokens=prefix))
+    assert torch.equal(positions[:, :prefix], table[:, :prefix]) and not positions.requires_grad
+    corners = positions[0, prefix:].reshape(8, 8, 32)[::7, ::7], table[0, prefix:].reshape(4, 4, 32)[::3, ::3]
     assert F.cosine_similarity(*corners, dim=-1).min() > 0.95
     assert other.tokens(torch.rand(1, 3, 64, 64)).shape == (1, 64 + prefix, 32)
 
