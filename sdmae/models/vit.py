@@ -123,7 +123,7 @@ def positions(self:Encoder,
     grid:tuple[int,int] # patches: rows, columns
 )->Tensor:              # (1, prefix + rows·columns, D)
     "The position table of a grid: bicubic with antialiasing, as timm's `resample_abs_pos_embed`."
-    source, own, key = self.pos_embed, self.patch_embed.grid_size, (*grid, self.pos_embed.device)
+    source, own, key = self.pos_embed, self.patch_embed.grid_size, (*grid, self.pos_embed.device, self.pos_embed.dtype)
     if tuple(grid) == own: return source
     made = self.resampled.get(key)
     if made is None or made[0] is not source or made[1] != source._version:
