@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import sdmae.pipeline.pretrain as pretrain
 import sdmae.views.augment as augment
-from sdmae.methods.registry import build_method
+from sdmae.methods.registry import method_of, method_params
 from sdmae.params import OptimParams, compose, parse_params
 from sdmae.train.batches import Batches
 from sdmae.train.engine import Callback, Trainer, pick_device
@@ -17,9 +17,9 @@ from toys import Follower
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 METHODS = ["mae", "sdmae", "sdmae_momentum", "miram", "follower"]
-VALUES = compose(["data.image_size=32", "model.embed_dim=24", "model.depth=2", "model.num_heads=2", "method.mae.views.color_jitter=0.3",
-                  "+method.sdmae_momentum={of: sdmae, detach_teacher: true, center_on: logits, teacher_momentum: 0.9}"])
-PARAMS = parse_params(VALUES | dict(method=VALUES["method"] | dict(miram=VALUES["method"]["mae"])))
+PARAMS = parse_params(compose(["only=tissue", "data.tissue.image_size=32", "model.embed_dim=24", "model.depth=2", "model.num_heads=2", "+encoder.miram={of: mae, method: miram}",
+                               "encoder.mae.views={of: tissue, color_jitter: 0.3}",
+                               "+encoder.sdmae_momentum={of: sdmae, detach_teacher: true, center_on: logits, teacher_momentum: 0.9}"]))
 
 
 RESUMED = ["sdmae", "follower"] # what they have beside weights: a centre; a queue, a teacher, a layer that began later
@@ -46,8 +46,7 @@ class Recorded(Trainer):
 def build(name):
     "A method from its seed, and its optimiser's parameters."
     if name == "follower": torch.manual_seed(0); return Follower(), Follower.optim
-    section = PARAMS.method.section(name)
-    return build_method(PARAMS.method.of(name), section, PARAMS.model, PARAMS.image_size(name)), section.optim
+    return method_of(PARAMS, name), method_params(PARAMS, name).optim
 
 
 def run(name, stop=None, accumulate=1, **kwargs):

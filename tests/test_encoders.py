@@ -12,13 +12,13 @@ from torch import nn
 from sdmae.evaluate.features import extract
 from sdmae.evaluate.finetune import Classifier, decay_groups, fit_classifier, predict
 from sdmae.evaluate.segment import STRIDES, Segmenter, fit_segmenter, predict_masks, segment_encoder, segment_groups
-from sdmae.methods.imported import Imported
+from sdmae.methods.imported import Imported, ImportedParams
 from sdmae.models.convnet import ConvEncoder
 from sdmae.models.encoders import build_encoder, load_encoder, save_encoder
 from sdmae.models.histogram import HistogramEncoder
 from sdmae.models.vit import Encoder, attention_maps, has_attention, suit_attention
 from sdmae.models.weights import export_timm, find_encoder, import_encoder, main
-from sdmae.params import EncoderForm, FinetuneParams, ImportedParams, ModelParams, OptimParams, SegmentParams, ViewParams
+from sdmae.params import EncoderForm, FinetuneParams, ModelParams, OptimParams, SegmentParams, ViewParams
 
 HALF, FORM = [0.5]*3, EncoderForm()
 SHAPE = ModelParams(patch_size=8, embed_dim=48, depth=4, num_heads=3)

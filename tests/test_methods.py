@@ -586,7 +586,7 @@ def test_parts_of_a_supervised_batch_add_up(kwargs):
 def test_the_histogram_is_numpys(channels):
     "Through the path that every encoder's features take."
     tiles = torch.randint(0, 256, (6, 3, 24, 24), dtype=torch.uint8)[:, :channels]
-    store, m = SimpleNamespace(batch=lambda rows: tiles[torch.as_tensor(rows)]), method_class("histogram")(None, SHAPE, 24)
+    store, m = SimpleNamespace(batch=lambda rows: tiles[torch.as_tensor(rows)]), method_class("histogram")(method_class("histogram").Params(channels=channels), SHAPE, 24)
     found = extract(m.encoder, store, np.arange(6), **m.normalization, device="cpu").reshape(6, -1, 16)
     for image, shares in zip(tiles.expand(-1, found.shape[1], -1, -1), found):
         for c, share in zip(image, shares): np.testing.assert_allclose(share, np.histogram(c, 16, (0, 256))[0]/24**2, rtol=1e-6)

@@ -121,7 +121,7 @@ def without(contents, *names): return {k: v for k, v in contents.items() if k no
     (lambda c: c | {"images/A_0.jpg": c["images/A_0.png"]}, GROUP, r"A_0\.png and .*A_0\.jpg|A_0\.jpg and .*A_0\.png"),
     (lambda c: c | {"labels/A_0.png": c["masks/A_0.png"]}, GROUP, "same name"),
     (lambda c: c | {"images/A_0.png": c["images/A_0.png"][:20]}, GROUP, r"images/A_0\.png: truncated"),
-    (lambda c: c, r"^([a-z]+)_", r"images/A_0\.png: segment.group"),
+    (lambda c: c, r"^([a-z]+)_", r"images/A_0\.png: masks.group"),
     (lambda c: c, r"^[A-Z]_", "has no group"), (lambda c: c, r"^([A-Z_", "no regular expression"), (lambda c: c, r"^([a-z]*)", "finds no slide")])
 @pytest.mark.parametrize("packed", [False, True])
 def test_faulty_sets(tmp_path, change, group, message, packed):
@@ -130,7 +130,7 @@ def test_faulty_sets(tmp_path, change, group, message, packed):
     with pytest.raises(ValueError, match=message): read_pairs(place, group)
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="segment.path"): read_pairs(tmp_path/"none.zip", GROUP)
+    with pytest.raises(FileNotFoundError, match="change the data"): read_pairs(tmp_path/"none.zip", GROUP)
     (tmp_path/"empty").mkdir()
     with pytest.raises(FileNotFoundError, match="nothing in it that ends in"): read_pairs(tmp_path/"empty", GROUP)
     (tmp_path/"a.zip").write_bytes(b"PK no zip")

@@ -6,14 +6,16 @@ import numpy as np, pytest, timm, torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
-from sdmae.params import DecoderParams, EncoderForm, HeadParams, ImportedParams, MAEParams, MIRAMParams, ModelParams, OptimParams, SDMAEParams
+from sdmae.params import EncoderForm, ModelParams, OptimParams
+from sdmae.models.decoders import DecoderParams
+from sdmae.models.heads import HeadParams
 from sdmae.models.encoders import build_encoder, load_encoder, save_encoder
 from sdmae.models.vit import Encoder, sincos1d
 from sdmae.models.weights import (encoder_weights, export_timm, find_encoder, import_encoder, load_method, main, only_weights, read_checkpoint, weights_in)
-from sdmae.methods.imported import Imported
-from sdmae.methods.mae import MAE
-from sdmae.methods.miram import MIRAM
-from sdmae.methods.sdmae import SDMAE
+from sdmae.methods.imported import Imported, ImportedParams
+from sdmae.methods.mae import MAE, MAEParams
+from sdmae.methods.miram import MIRAM, MIRAMParams
+from sdmae.methods.sdmae import SDMAE, SDMAEParams
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent/"shared"/"reference"/"sdmae.npz"
