@@ -13,7 +13,8 @@ from sdmae.methods.mae import MAE
 from sdmae.methods.miram import MIRAM, Nystrom, finer, in_order
 from sdmae.methods.sdmae import SDMAE
 from sdmae.models.decoders import pixel_target, random_masking
-from sdmae.models.vit import build_encoder, compile_blocks, sincos1d, sincos2d
+from sdmae.models.encoders import build_encoder
+from sdmae.models.vit import compile_blocks, sincos1d, sincos2d
 from sdmae.models.weights import our_mae_name
 from sdmae.reference import compare, float64, main
 from sdmae.views import augment
