@@ -88,9 +88,11 @@ class ModelParams(Section):
     def _sizes(self):
         sizes = {k: getattr(self, k) for k in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
         absent, given = ([k for k, v in sizes.items() if (v is None) == no] for no in (True, False))
-        if self.arch != "vit" and given: raise ValueError(f"{', '.join(given)}: timm knows the sizes of {self.arch}; leave them out, or set arch: vit")
-        if self.arch == "vit" and absent: raise ValueError(f"{', '.join(absent)}: a vision transformer needs {'it' if len(absent) == 1 else 'them'}")
-        if self.arch == "vit" and self.embed_dim % self.num_heads: raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+        if self.arch != "vit":
+            if given: raise ValueError(f"{', '.join(given)}: timm knows the sizes of {self.arch}; leave them out, or set arch: vit")
+            return self
+        if absent: raise ValueError(f"{', '.join(absent)}: a vision transformer needs {'it' if len(absent) == 1 else 'them'}")
+        if self.embed_dim % self.num_heads: raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
         return self
 
 # %% ../nbs/params.ipynb #c015

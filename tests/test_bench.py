@@ -76,8 +76,8 @@ def test_what_is_missing_is_said(monkeypatch):
 def test_settings_are_the_releases():
     for name in SETTINGS:
         P = setting(name)
-        assert P.patches("mae") == P.patches("sdmae")
-    assert setting("ViT-B/16 at 224").model.embed_dim == 768 and setting("ViT-S/8 at 96").patches("mae") == 144
+        assert P.image_size("mae") == P.image_size("sdmae") and P.encoders["mae"].model == P.encoders["sdmae"].model
+    assert setting("ViT-B/16 at 224").model.embed_dim == 768 and setting("ViT-S/8 at 96").image_size("mae") == 96
 
 
 def test_the_notebook_runs(tmp_path):

@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_ends_the_run():
     class Broken(torch.nn.Module):
         def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.ones(()))
         def forward(self, images): return dict(loss=self.w*float("nan"))
-    t = Trainer(Broken(), Batches(Tiles(), np.arange(24), 8), PARAMS.method.mae.optim, 2, torch.device("cpu"))
+    t = Trainer(Broken(), Batches(Tiles(), np.arange(24), 8), method_params(PARAMS, "mae").optim, 2, torch.device("cpu"))
     with pytest.raises(FloatingPointError, match="lower base_lr"): t.fit()
 
 

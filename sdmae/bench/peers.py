@@ -26,8 +26,8 @@ class Own(nn.Module):
     def forward(self, x:Tensor)->Tensor: # (B, 3, S, S) in [0, 1] → scalar
         return self.method.loss_on(x, *self.method.draw_mask(len(x), x.device))["loss"]
 
-    def after_step(self):
-        if hasattr(self.method, "after_step"): self.method.after_step()
+    def after_step(self, progress):
+        if hasattr(self.method, "after_step"): self.method.after_step(progress)
 
 # %% ../../nbs/bench/peers.ipynb #c008
 class PlainAttention(nn.Module):

@@ -23,7 +23,7 @@ from ..train.engine import Trainer, Callback, autocast
 from .features import in_eval_mode
 from .statistics import LabelScores, scores
 
-# %% ../../nbs/evaluate/finetune.ipynb #c005
+# %% ../../nbs/evaluate/finetune.ipynb #n004
 def freeze_below(encoder:Encoder|ConvEncoder):
     "Only the linear map learns, from features brought to one scale."
     encoder.requires_grad_(False)
@@ -33,6 +33,7 @@ def freeze_below(encoder:Encoder|ConvEncoder):
     nn.init.trunc_normal_(linear.weight, std=0.01)
     setattr(parent, name, nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6), linear))
 
+# %% ../../nbs/evaluate/finetune.ipynb #c005
 class Classifier(nn.Module):
     "An encoder with a new head, its views and its loss."
     def __init__(self,

@@ -35,7 +35,8 @@ def segment_encoder(
     "An encoder for images of another size. Raises as `load_encoder`; `ValueError` where patches do not tile the window."
     encoder, config = load_encoder(folder, device)
     patch = encoder.strides[0]
-    if encoder.kind == "vit" and image_size % patch: raise ValueError(f"segment.image_size {image_size} is not divisible by the encoder's patch size {patch} ({folder})")
+    if encoder.kind == "vit" and image_size % patch:
+        raise ValueError(f"segment.image_size {image_size} is not divisible by the encoder's patch size {patch} ({folder})")
     encoder.image_size = image_size
     return encoder, config
 
@@ -92,15 +93,17 @@ def blocks_used(
     encoder:Encoder|ConvEncoder,
     params:SegmentParams
 )->list[int]: # places in `encoder.strides`
-    "Which four maps are taken: `blocks` of a vision transformer, the stages at `STRIDES` of a convolutional network. Raises `ValueError` where there are none."
+    "Which four maps are taken: `blocks` of a vision transformer, else the stages at `STRIDES`. Raises `ValueError` where there are none."
     blocks, depth = params.blocks, len(encoder.strides)
     if encoder.kind == "timm":
-        if not set(STRIDES) <= set(encoder.strides): raise ValueError(f"{encoder.arch} has maps at strides {encoder.strides}: segmentation needs {STRIDES}")
+        if not set(STRIDES) <= set(encoder.strides):
+            raise ValueError(f"{encoder.arch} has maps at strides {encoder.strides}: segmentation needs {STRIDES}")
         return [encoder.strides.index(s) for s in STRIDES]
     if blocks != sorted(set(blocks)) or not (0 <= blocks[0] and blocks[-1] < depth):
         raise ValueError(f"segment.blocks {blocks} must rise within 0 … {depth-1}: the encoder has {depth} blocks")
     return blocks
 
+# %% ../../nbs/evaluate/segment.ipynb #n001
 def check_segmentable(
     encoder:Encoder|ConvEncoder,
     params:SegmentParams
@@ -108,7 +111,8 @@ def check_segmentable(
     "`ValueError` where window or batch do not suit the encoder or the decoder."
     size = params.image_size
     if size % STRIDES[-1]: raise ValueError(f"segment.image_size {size} is not divisible by {STRIDES[-1]}, the stride of the coarsest map")
-    if encoder.image_size != size: raise ValueError(f"the encoder was built for {encoder.image_size} px, segment.image_size is {size}: see `segment_encoder`")
+    if encoder.image_size != size:
+        raise ValueError(f"the encoder was built for {encoder.image_size} px, segment.image_size is {size}: see `segment_encoder`")
     if params.batch_size < 2: raise ValueError("segment.batch_size 1 is too small: the decoder's BatchNorm on a single pooled value needs 2 images at least")
 
 # %% ../../nbs/evaluate/segment.ipynb #c017

@@ -26,7 +26,8 @@ def misfits(
 )->list[str]:               # one line a parameter
     "What the weights have and what the parameters say, where the two differ."
     if found["kind"] != "vit": return []
-    if model.arch != "vit": return [f"model.arch is {model.arch}, the weights are a vision transformer's: give model its sizes, {found['sizes']}"]
+    if model.arch != "vit":
+        return [f"model.arch is {model.arch}, the weights are a vision transformer's: give model its sizes, {found['sizes']}"]
     have = found["sizes"] | (dict(num_heads=found["num_heads"]) if found["num_heads"] else {})
     lines = [f"model.{k} is {getattr(model, k)}, the weights have {v}: set model.{k} to {v}" for k, v in have.items()
              if k in ModelParams.model_fields and not math.isclose(v, getattr(model, k), rel_tol=1e-3)]

@@ -84,8 +84,8 @@ class Encoder(VisionTransformer):
         drop_path:float=0.,
         final_norm:bool=True,           # LayerNorm on the tokens; a fine-tuned encoder has none
     ):
-        super().__init__(img_size=image_size, dynamic_img_size=True, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
-            mlp_ratio=mlp_ratio, class_token=class_token, num_classes=num_classes, global_pool=dict(mean="avg", token="token")[pool] if num_classes else "",
+        super().__init__(img_size=image_size, dynamic_img_size=True, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+            num_heads=num_heads, mlp_ratio=mlp_ratio, class_token=class_token, num_classes=num_classes, global_pool=dict(mean="avg", token="token")[pool] if num_classes else "",
             drop_path_rate=drop_path, final_norm=final_norm, norm_layer=partial(nn.LayerNorm, eps=1e-6), weight_init="skip")
         table = position_table(pos_embed, image_size//patch_size, embed_dim, self.num_prefix_tokens)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
@@ -206,8 +206,8 @@ def attention_maps(
     encoder:Encoder,
     x:Tensor # (B, 3, H, W) normalised images
 )->Tensor:   # (B, rows, columns), each summing to 1
-    "How much the last block attends to each patch, averaged over heads and queries (class token alone, where there is one). Raises `ValueError` for other encoders."
-    if not has_attention(encoder): raise ValueError(f"a {type(encoder).__name__} has no attention: pictures of it are for vision transformers alone")
+    "How much the last block attends to each patch, averaged over heads and queries (class token alone, where there is one)."
+    if not has_attention(encoder): raise ValueError(f"a {type(encoder).__name__} has no attention: only vision transformers have such pictures")
     *rest, last = encoder.blocks
     t = encoder.embed(x)
     for block in rest: t = block(t)

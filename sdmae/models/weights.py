@@ -253,12 +253,15 @@ def from_folder(folder:Path)->dict:
     if known["kind"] == "histogram": raise ValueError(f"{folder} holds a colour histogram, which has no weights")
     return dict(from_file(inside/"encoder.safetensors"), name=folder.name, **known)
 
+# %% ../../nbs/models/weights.ipynb #n005
 def told_by(path:Path)->dict:
     "What a file of `export_timm` says of a convolutional network; nothing of other files."
     if path.suffix != ".safetensors": return {}
     with safe_open(path, "pt") as f: notes = f.metadata() or {}
     if notes.get("kind") != "timm": return {}
-    return dict(kind="timm", arch=json.loads(notes["create_model"])["model_name"], **{k: json.loads(notes[k]) for k in ("mean", "std", "image_size")})
+    told = {k: json.loads(notes[k]) for k in ("create_model", "mean", "std", "image_size")}
+    arch = told.pop("create_model")["model_name"]
+    return dict(told, kind="timm", arch=arch)
 
 def from_file(path:Path)->dict:
     "Weights of a file."
@@ -266,10 +269,12 @@ def from_file(path:Path)->dict:
     with open(path, "rb") as f: sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     return dict(told_by(path), state=state, name=path.name, sha256=sha256)
 
+# %% ../../nbs/models/weights.ipynb #n006
 def from_timm(model:nn.Module, name:str)->dict:
     "Weights of timm's network, and what it says of itself."
-    cfg, plain = model.pretrained_cfg, isinstance(model, VisionTransformer)
-    sizes = dict(kind="vit", num_heads=model.blocks[0].attn.num_heads) if plain else dict(kind="timm", arch=cfg["architecture"], image_size=cfg["input_size"][-1])
+    cfg = model.pretrained_cfg
+    if isinstance(model, VisionTransformer): sizes = dict(kind="vit", num_heads=model.blocks[0].attn.num_heads)
+    else: sizes = dict(kind="timm", arch=cfg["architecture"], image_size=cfg["input_size"][-1])
     return dict(state=model.state_dict(), name=name, mean=list(cfg["mean"]), std=list(cfg["std"]), **sizes)
 
 # %% ../../nbs/models/weights.ipynb #c039
@@ -282,7 +287,8 @@ def find_encoder(
     if path.is_dir(): found = from_folder(path)
     elif path.is_file() or path.suffix in (".pth", ".pt", ".bin", ".safetensors"): found = from_file(path)
     else: found = from_timm(model := timm_model(str(source), **kwargs), str(source))
-    found = dict(kind="vit", num_heads=None, mean=None, std=None, sha256=None, image_size=None, layout="timm", sizes={}) | found | dict(source=source)
+    unknown = dict.fromkeys(("num_heads", "mean", "std", "sha256", "image_size"))
+    found = unknown | dict(kind="vit", layout="timm", sizes={}) | found | dict(source=source)
     if found["kind"] == "vit": found |= dict(zip(("layout", "state", "sizes"), encoder_weights(found["state"], source)))
     if model is not None: check_same(make_encoder(found)[0], model, source)
     return found
@@ -323,8 +329,10 @@ def make_convolutional(
     size, model = image_size or found["image_size"], ModelParams(arch=found["arch"])
     encoder = build_encoder(size, model, EncoderForm())
     load_weights(encoder, found["state"], where=found["source"])
-    return encoder, dict(image_size=size, model=model.model_dump(), imported=dict(source=found["name"], sha256=found["sha256"], layout=found["layout"]))
+    made = dict(source=found["name"], **{k: found[k] for k in ("sha256", "layout")})
+    return encoder, dict(image_size=size, model=model.model_dump(), imported=made)
 
+# %% ../../nbs/models/weights.ipynb #n007
 def make_transformer(
     found:dict,             # of `find_encoder`
     image_size:int=None,    # px; that of the weights when None
@@ -342,6 +350,7 @@ def make_transformer(
                 num_heads="known" if found["num_heads"] else "given" if num_heads else "width / 64")
     return encoder, dict(image_size=size, model=model.model_dump(), form=form.model_dump(exclude={"image_size"}), imported=made)
 
+# %% ../../nbs/models/weights.ipynb #n008
 def make_encoder(
     found:dict,             # of `find_encoder`
     image_size:int=None,    # px; that of the weights when None
@@ -429,6 +438,7 @@ def timm_weights(
         state |= dict(cls_token=zero, pos_embed=torch.cat([zero, state["pos_embed"]], 1))
     return state, timm_arguments(config, own or bool(class_token))
 
+# %% ../../nbs/models/weights.ipynb #n009
 def export_timm(
     folder:str|Path,       # of an encoder
     out:str|Path,          # .safetensors
@@ -438,7 +448,8 @@ def export_timm(
     (encoder, config), out = load_encoder(folder), Path(out)
     if out.suffix != ".safetensors": raise ValueError(f"{out}: timm tells a file by its ending, which has to be .safetensors")
     state, args = timm_weights(encoder, config, class_token, folder)
-    notes = dict(format="pt", kind=encoder.kind, create_model=json.dumps(args), **{k: json.dumps(config[k]) for k in ("mean", "std", "image_size")})
+    said = dict(create_model=args, **{k: config[k] for k in ("mean", "std", "image_size")})
+    notes = dict(format="pt", kind=encoder.kind, **{k: json.dumps(v) for k, v in said.items()})
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in state.items()}, out, metadata=notes)
     return args | dict(checkpoint_path=str(out))
