@@ -32,7 +32,9 @@ def misfits(
     lines = [f"model.{k} is {getattr(model, k)}, the weights have {v}: set model.{k} to {v}" for k, v in have.items()
              if k in ModelParams.model_fields and not math.isclose(v, getattr(model, k), rel_tol=1e-3)]
     mine, theirs = (str(o).lower() for o in (params.class_token, have["class_token"]))
-    if mine != theirs: lines.append(f"method.imported.class_token is {mine}, the weights have {'one' if have['class_token'] else 'none'}: set it to {theirs}")
+    if mine != theirs:
+        lines.append(f"method.imported.class_token is {mine}, the weights have {'one' if have['class_token'] else 'none'}: set it to "
+                     f"{theirs}")
     return lines
 
 # %% ../../nbs/methods/imported.ipynb #c007

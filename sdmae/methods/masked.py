@@ -31,10 +31,13 @@ class MaskedParams(EncoderForm):
     def widths(self, model)->list[int]: return [model.embed_dim, self.decoder.embed_dim]
 
     def faults(self, model, image_size, prepared)->list[str]:
-        if model.arch != "vit": return [f"method hides patches, which {model.arch} does not have: give the encoder a vision transformer (model.arch: vit)"]
+        if model.arch != "vit":
+            return [f"method hides patches, which {model.arch} does not have: give the encoder a vision transformer (model.arch: vit)"]
         n = (image_size // model.patch_size)**2
         hidden = int(self.mask_ratio*n) >= 1 and int((1-self.mask_ratio)*n) >= 1
-        return super().faults(model, image_size, prepared) + ([] if hidden else [f"mask_ratio {self.mask_ratio} leaves no visible or no masked token of {n}"])
+        return super().faults(model, image_size, prepared) + ([] if hidden
+                                                              else [f"mask_ratio {self.mask_ratio} leaves no visible or no masked token of "
+                                                                    f"{n}"])
 
 # %% ../../nbs/methods/masked.ipynb #n007
 def random_masking(

@@ -54,7 +54,8 @@ class MIRAMParams(MAEParams):
 
     def faults(self, model, image_size, prepared)->list[str]:
         side, native = image_size*max(self.scales), self.target == "native"
-        small = [f"target native reconstructs {side} px, but the prepared images have {prepared}: raise that, lower image_size, or use target: upsampled"]
+        small = [f"target native reconstructs {side} px, but the prepared images have {prepared}: raise that, lower image_size, or use "
+                 f"target: upsampled"]
         return super().faults(model, image_size, prepared) + (small if native and prepared < side else [])
 
 # %% ../../nbs/methods/miram.ipynb #c006
