@@ -15,24 +15,35 @@ from sklearn.isotonic import IsotonicRegression
 matplotlib.use("agg")
 from scipy import stats
 from sdmae.evaluate.statistics import METRICS, paired_bootstrap, scores
-from sdmae.params import load_params, parse_params
 from sdmae.report import figures as fg
+from sdmae.report import provenance as pv
+from sdmae.report import reading as rd
 from sdmae.report import tables as tb
+from sdmae.report.names import PROTOCOLS, Named, Names, value_text
 
+BASELINES = {"random": dict(name="Random init", color="#7f7f7f", marker="X", baseline=True), "histogram": dict(name="Colour histogram", color="#b8b8b8", marker="D", baseline=True),
+             "natural": dict(name="Natural-image weights", color="#000000", marker="*", baseline=True), "supervised": dict(name="Supervised", color="#009E73", marker="^", baseline=True)}
+METHODS = {"mae": dict(name="MAE", color="#0072B2", marker="s"), "sdmae": dict(name="SD-MAE", color="#D55E00", marker="o"), "miram": dict(name="MIRAM", color="#882255", marker="v")}
+PLAIN = Names(BASELINES | METHODS)
 VALUES = dict(accuracy=.9, balanced_accuracy=.8, macro_auc=.95, macro_f1=.7, ece=.05)
 
 
-def write_metrics(root, name, **change):
-    (root/"metrics").mkdir(exist_ok=True, parents=True)
+def write_scores(root, name, task="label", results=None, **change):
+    "`name` is protocol, encoder and seed."
+    protocol, encoder, seed = re.fullmatch(r"([a-z_]+)-(.+)-(\d+)", name).groups()
     entry = VALUES | {"intervals": {k: [v-.01, v+.02] for k, v in VALUES.items()}} | change
-    stage = name.split("-")[0]
-    protocols = ("knn","linear") if stage == "probe" else (stage,)
-    (root/"metrics"/f"{name}.json").write_text(json.dumps({p: {"all": entry, "100": entry} for p in protocols}))
+    kinds = ("knn","linear") if protocol == "probe" else (protocol,)
+    folder = root/task/protocol/f"{encoder}-{seed}"; folder.mkdir(parents=True, exist_ok=True)
+    if results is None: results = {p: {"all": entry, "100": entry} for p in kinds}
+    (folder/"scores.json").write_text(json.dumps(dict(study="s", task=task, protocol=protocol, encoder=encoder, seed=int(seed), results=results)))
+    return folder
 
 
-def write_predictions(root, encoder, p, t, index=None, stage="probe", key="linear_all"):
-    folder = root/"evals"/stage/encoder; folder.mkdir(parents=True)
-    np.savez(folder/"predictions.npz", index=np.arange(len(t)) if index is None else index, targets=t, **{f"probabilities_{key}": p})
+def write_predictions(root, name, p, t, index=None, keys=("linear_all",)):
+    results = {}
+    for k in keys: results.setdefault(k.rpartition("_")[0], {})[k.rpartition("_")[2]] = {}
+    folder = write_scores(root, name, results=results)
+    np.savez(folder/"predictions.npz", index=np.arange(len(t)) if index is None else index, targets=t, **{f"probabilities_{k}": p for k in keys})
 
 
 def toy(skill, n=200, c=3, seed=0):
@@ -44,11 +55,10 @@ def toy(skill, n=200, c=3, seed=0):
 
 # tables
 
-def test_collect_reads_our_files_only_and_in_order(tmp_path):
-    for name in ("probe-sdmae-0","probe-mae-10","probe-mae-9","finetune-mae-9","probe-random-0"): write_metrics(tmp_path, name, k=20)
-    (tmp_path/"metrics"/"prepare.json").write_text("{}")
-    (tmp_path/"metrics"/"pretrain-mae-0.json").write_text('{"loss": 1}')
-    df = tb.collect(tmp_path)
+def test_rows_come_in_the_order_of_tables(tmp_path):
+    for name in ("probe-sdmae-0","probe-mae-10","probe-mae-9","finetune-mae-9","probe-random-0"): write_scores(tmp_path, name, k=20)
+    write_scores(tmp_path, "probe-mae-0", task="another")
+    df = rd.collect(tmp_path, "label", names=PLAIN)
     assert len(df) == (4*2 + 1)*2*5
     assert list(dict.fromkeys(df.labels)) == ["100","all"]
     assert list(dict.fromkeys(df.encoder)) == ["random","mae","sdmae"]
@@ -59,52 +69,63 @@ def test_collect_reads_our_files_only_and_in_order(tmp_path):
 
 
 def test_leftovers_of_other_runs_are_left_out(tmp_path):
-    for name in ("probe-histogram-0","probe-histogram-1","probe-supervised-1","probe-supervised-2","probe-mae-1","probe-mae-2","probe-moco-1","finetune-random-1"): write_metrics(tmp_path, name)
-    df = tb.collect(tmp_path, methods=["random","mae"], seeds=[1])
-    assert set(zip(df.encoder, df.seed)) == {("histogram",1),("supervised",1),("mae",1)}
-    assert set(df[df.encoder == "supervised"].protocol) == {"linear","knn","finetune"} # from scratch: random, fine-tuned
-    with pytest.raises(FileNotFoundError, match="no scores"): tb.collect(tmp_path/"x", ["mae"], [1])
+    for name in ("probe-histogram-0","probe-histogram-1","probe-supervised-1","probe-mae-1","probe-mae-2","probe-moco-1","finetune-random-1"): write_scores(tmp_path, name)
+    write_scores(tmp_path, "finetune-histogram-1", results={}) # cannot be fine-tuned
+    df = rd.collect(tmp_path, "label", ["random","histogram","mae"], [1])
+    assert set(zip(df.encoder, df.protocol)) == {("histogram","knn"),("histogram","linear"),("mae","knn"),("mae","linear"),("random","finetune")}
+    with pytest.raises(FileNotFoundError, match="no scores"): rd.collect(tmp_path/"x", "label", ["mae"], [1])
     t, p = toy(1.)
-    write_predictions(tmp_path, "random-1", p, t, stage="finetune", key="finetune_all")
-    write_predictions(tmp_path, "mae-7", p, t, index=np.arange(200)+1) # other tiles, but of another run
-    assert set(tb.read_predictions(tmp_path, ["random","mae"], [1]).files) == {("finetune","all","supervised",1)}
+    root = tmp_path/"y"
+    write_predictions(root, "finetune-random-1", p, t, keys=["finetune_all", "finetune_long_all"])
+    write_predictions(root, "probe-mae-7", p, t, index=np.arange(200)+1) # other tiles, but of another run
+    assert set(rd.read_predictions(root, "label", ["random","mae"], [1]).files) == {("finetune","all","random",1), ("finetune","all","random_long",1)}
 
 
 def test_protocols_that_are_no_longer_asked_for_are_left_out(tmp_path):
-    for name in ("probe-mae-0","finetune-mae-0","linear_sgd-mae-0","linear_sgd-random-0","segment-mae-0"): write_metrics(tmp_path, name)
+    for name in ("probe-mae-0","finetune-mae-0","linear_sgd-mae-0","linear_sgd-random-0"): write_scores(tmp_path, name)
+    write_scores(tmp_path, "segment-mae-0", results={"segment": {"all": dict(miou=.5, iou_nucleus=.4, dice=.6)}})
+    assert set(rd.collect(tmp_path, "label").protocol) == {"linear","linear_sgd","knn","finetune"}
+    assert set(rd.collect(tmp_path, "label", protocols=["probe","finetune","segment"]).protocol) == {"linear","knn","finetune"}
     t, p = toy(1.)
-    write_predictions(tmp_path, "random-0", p, t, stage="linear_sgd", key="linear_sgd_100")
-    write_predictions(tmp_path, "random-0", p, t, stage="segment", key="x")
-    assert set(tb.collect(tmp_path).protocol) == {"linear","linear_sgd","knn","finetune"}
-    assert set(tb.collect(tmp_path, protocols=["finetune"]).protocol) == {"linear","knn","finetune"}
-    sgd = tb.collect(tmp_path).query("protocol == 'linear_sgd'")
-    assert set(sgd.encoder) == {"random","mae"}, "a frozen random encoder is not trained from scratch"
-    assert set(tb.read_predictions(tmp_path).files) == {("linear_sgd","100","random",0)}
-    with pytest.raises(FileNotFoundError): tb.read_predictions(tmp_path, protocols=["finetune"])
+    root = tmp_path/"y"
+    write_predictions(root, "linear_sgd-random-0", p, t, keys=["linear_sgd_100"])
+    write_scores(root, "segment-random-0")
+    assert set(rd.read_predictions(root, "label").files) == {("linear_sgd","100","random",0)}
+    with pytest.raises(FileNotFoundError): rd.read_predictions(root, "label", protocols=["finetune"])
 
 
 def test_two_files_for_the_same_are_refused(tmp_path):
-    for name in ("finetune-random-0","finetune-supervised-0"): write_metrics(tmp_path, name)
-    with pytest.raises(ValueError, match="two files score \\('supervised', 0, 'finetune'\\)"): tb.collect(tmp_path)
+    write_scores(tmp_path, "finetune-random-0")
+    (tmp_path/"label"/"finetune"/"copy").mkdir()
+    (tmp_path/"label"/"finetune"/"copy"/"scores.json").write_bytes((tmp_path/"label"/"finetune"/"random-0"/"scores.json").read_bytes())
+    with pytest.raises(ValueError, match="two files score \\('random', 0, 'finetune'\\)"): rd.collect(tmp_path, "label")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"knn": {"all": {"accuracy": 0.5}}}', '{"knn": 3}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"results": {}}', '{"protocol": "probe", "encoder": "mae", "seed": 0, "results": {"knn": {"all": {"accuracy": 0.5}}}}',
+                                  '{"protocol": "probe", "encoder": "mae", "seed": 0, "results": {"knn": 3}}', '{"protocol": "probe", "encoder": "mae", "seed": 0, "results": 3}'])
 def test_collect_names_a_broken_file(tmp_path, text):
-    (tmp_path/"metrics").mkdir()
-    (tmp_path/"metrics"/"probe-mae-0.json").write_text(text)
-    with pytest.raises(ValueError, match="probe-mae-0.json"): tb.collect(tmp_path)
+    (tmp_path/"label"/"probe"/"mae-0").mkdir(parents=True)
+    (tmp_path/"label"/"probe"/"mae-0"/"scores.json").write_text(text)
+    with pytest.raises(ValueError, match="probe/mae-0/scores.json"): rd.collect(tmp_path, "label")
 
 
 def test_nothing_there_says_what_to_run(tmp_path):
-    for f in (tb.collect, tb.read_predictions, fg.read_curves):
-        with pytest.raises(FileNotFoundError, match="dvc repro"): f(tmp_path)
+    for f in (lambda: rd.collect(tmp_path, "label"), lambda: rd.read_predictions(tmp_path, "label"), lambda: rd.read_curves(tmp_path/"runs")):
+        with pytest.raises(FileNotFoundError, match="dvc repro"): f()
+
+
+def test_predictions_that_lack_what_was_scored_are_named(tmp_path):
+    t, p = toy(1.)
+    write_predictions(tmp_path, "probe-mae-0", p, t)
+    write_scores(tmp_path, "probe-mae-0")
+    with pytest.raises(ValueError, match="mae-0/predictions.npz: lacks probabilities_knn_100"): rd.read_predictions(tmp_path, "label")
 
 
 def test_results_table_shows_interval_or_spread(tmp_path):
-    write_metrics(tmp_path, "probe-mae-0", macro_auc=.912, intervals={"macro_auc": [.894,.929]})
-    write_metrics(tmp_path, "probe-sdmae-0", macro_auc=.90)
-    write_metrics(tmp_path, "probe-sdmae-1", macro_auc=.94)
-    table = tb.results_table(tb.collect(tmp_path))
+    write_scores(tmp_path, "probe-mae-0", macro_auc=.912, intervals={"macro_auc": [.894,.929]})
+    write_scores(tmp_path, "probe-sdmae-0", macro_auc=.90)
+    write_scores(tmp_path, "probe-sdmae-1", macro_auc=.94)
+    table = tb.results_table(rd.collect(tmp_path, "label"), names=PLAIN)
     assert table.loc[("all","MAE"), "kNN, macro AUC"] == "0.912 [0.894, 0.929]"
     assert table.loc[("all","MAE"), "kNN, balanced accuracy"] == "0.800"
     assert table.loc[("100","SD-MAE"), "linear probe, macro AUC"] == "0.920 ± 0.028"
@@ -113,12 +134,12 @@ def test_results_table_shows_interval_or_spread(tmp_path):
 
 @pytest.mark.parametrize("metric, best", [("accuracy","SD-MAE"), ("ece","MAE")])
 def test_best_is_bold_and_small_errors_are_best(tmp_path, metric, best):
-    write_metrics(tmp_path, "probe-mae-0", **{metric: .3})
-    write_metrics(tmp_path, "probe-sdmae-0", **{metric: .6})
-    table = tb.results_table(tb.collect(tmp_path), [metric], ["knn"], bold=True)
+    write_scores(tmp_path, "probe-mae-0", **{metric: .3})
+    write_scores(tmp_path, "probe-sdmae-0", **{metric: .6})
+    table = tb.results_table(rd.collect(tmp_path, "label"), [metric], ["knn"], bold=True, names=PLAIN)
     bold = table[table.iloc[:,0].str.startswith("**")]
     assert set(bold.index.get_level_values("encoder")) == {best} and len(bold) == 2
-    assert "**" not in tb.results_table(tb.collect(tmp_path), [metric]).to_string()
+    assert "**" not in tb.results_table(rd.collect(tmp_path, "label"), [metric]).to_string()
 
 
 def test_markdown_is_a_table_whatever_the_cells_hold():
@@ -128,33 +149,33 @@ def test_markdown_is_a_table_whatever_the_cells_hold():
 
 def test_paired_table_is_the_paired_bootstrap(tmp_path):
     t, a = toy(2.); b, c = toy(1.)[1], toy(1.)[1]
-    for name, p in (("sdmae-0",a),("mae-0",b),("mae-1",c)): write_predictions(tmp_path, name, p, t)
-    found = tb.read_predictions(tmp_path)
-    table = tb.paired_table(found, n=50, seed=4).set_index("metric")
+    for name, p in (("sdmae-0",a),("mae-0",b),("mae-1",c)): write_predictions(tmp_path, f"probe-{name}", p, t)
+    found = rd.read_predictions(tmp_path, "label")
+    table = tb.paired_table(found, "sdmae", "mae", n=50, seed=4).set_index("metric")
     want = paired_bootstrap(t, a, b, n=50, seed=4) # SD-MAE has no seed 1: MAE's has no partner
     for m in METRICS:
         assert tuple(table.loc[m, ["difference","low","high"]]) == pytest.approx(want[m])
         assert (table.loc[m, "runs"], table.loc[m, "draws"]) == (1, 50) and np.isnan(table.loc[m, "sd"])
     assert table.loc["accuracy","p_tiles"] < .01 and table.p_seeds.isna().all() and set(tb.paired_text(table.reset_index()).verdict) == {"one seed"}
-    same = tb.paired_table(found, "mae", "mae", n=20)
+    same = tb.paired_table(found, "mae", "mae", n=20, names=PLAIN)
     assert set(same.p_tiles) == {1.} == set(same.p_seeds) and set(same.pair) == {"MAE − MAE"} and set(tb.paired_text(same).verdict) == {"level (p 1.000)"}
-    grouped = tb.paired_table(found, groups=np.arange(200)//40, n=50, seed=4).set_index("metric")
+    grouped = tb.paired_table(found, "sdmae", "mae", groups=np.arange(200)//40, n=50, seed=4).set_index("metric")
     assert tuple(grouped.loc["accuracy", ["low","high"]]) != tuple(table.loc["accuracy", ["low","high"]])
-    with pytest.raises(ValueError, match="supervised and mae share no protocol.*sdmae"): tb.paired_table(found, "supervised")
+    with pytest.raises(ValueError, match="supervised and mae share no protocol.*sdmae"): tb.paired_table(found, "supervised", "mae")
 
 
 def test_predictions_of_other_tiles_are_refused(tmp_path):
     t, p = toy(1.)
-    write_predictions(tmp_path, "mae-0", p, t)
-    write_predictions(tmp_path, "sdmae-0", p, t, index=np.arange(200)+1)
-    with pytest.raises(ValueError, match="sdmae-0.*other tiles than.*mae-0"): tb.read_predictions(tmp_path)
+    write_predictions(tmp_path, "probe-mae-0", p, t)
+    write_predictions(tmp_path, "probe-sdmae-0", p, t, index=np.arange(200)+1)
+    with pytest.raises(ValueError, match="sdmae-0.*other tiles than.*mae-0"): rd.read_predictions(tmp_path, "label")
 
 
 def test_fewer_labels_and_protocols_are_kept_apart(tmp_path):
     t, p = toy(1.)
-    write_predictions(tmp_path, "my-net-3", p, t, key="knn_100")
-    write_predictions(tmp_path, "mae-0", p, t, stage="finetune", key="finetune_all")
-    found = tb.read_predictions(tmp_path)
+    write_predictions(tmp_path, "probe-my-net-3", p, t, keys=["knn_100"])
+    write_predictions(tmp_path, "finetune-mae-0", p, t, keys=["finetune_all"])
+    found = rd.read_predictions(tmp_path, "label")
     assert set(found.files) == {("knn","100","my-net",3), ("finetune","all","mae",0)}
     assert found.runs("knn", 100, "my-net")[3, 0] == pytest.approx(p) and found.runs("linear", "all", "mae") == {}
 
@@ -164,32 +185,32 @@ MANIFEST = dict(name="two stains", synthetic=True, classes=["a","b"], image_size
 
 def test_provenance_knows_a_changed_commit(tmp_path):
     def git(*a): subprocess.run(["git","-C",str(tmp_path),"-c","user.name=n","-c","user.email=e@x",*a], check=True, capture_output=True)
-    assert tb.git_state(tmp_path) == "no git commit"
+    assert pv.git_state(tmp_path) == "no git commit"
     git("init"); (tmp_path/"params.yaml").write_text("a: 1"); (tmp_path/"dvc.lock").write_text("1"); (tmp_path/"README.md").write_text("x")
     git("add","."); git("commit","-m","m")
-    assert re.fullmatch("[0-9a-f]{12}", tb.git_state(tmp_path))
+    assert re.fullmatch("[0-9a-f]{12}", pv.git_state(tmp_path))
     for name in ("dvc.lock","README.md"): (tmp_path/name).write_text("2")
-    assert re.fullmatch("[0-9a-f]{12}", tb.git_state(tmp_path))
+    assert re.fullmatch("[0-9a-f]{12}", pv.git_state(tmp_path))
     (tmp_path/"params.yaml").write_text("a: 2"); (tmp_path/"sdmae").mkdir(); (tmp_path/"sdmae"/"new.py").write_text("")
-    assert re.fullmatch("[0-9a-f]{12}, with 2 changed or new: params.yaml, sdmae/", tb.git_state(tmp_path))
+    assert re.fullmatch("[0-9a-f]{12}, with 2 changed or new: params.yaml, sdmae/", pv.git_state(tmp_path))
 
 
 def test_provenance_says_what_made_the_numbers(tmp_path):
-    facts = tb.provenance(MANIFEST, {"pre-training": "40 epochs"}, [0, 1], tmp_path, "cpu", groups=np.array(["s1","s1","s2"]))
+    facts = pv.provenance(MANIFEST, {"pre-training": "40 epochs"}, [0, 1], tmp_path, "cpu", groups=np.array(["s1","s1","s2"]))
     assert facts["data"] == "two stains (synthetic sample)" and facts["synthetic"].startswith("yes")
     assert facts["train"] == "1,234 tiles in 2 classes" and facts["test"] == "5 tiles in 1 classes"
     assert facts["seeds"] == "2 (0, 1)" and "2 patients or slides" in facts["intervals"] and facts["pre-training"] == "40 epochs"
     assert f"torch {torch.__version__.split('+')[0]}" in facts["versions"] and "CPU" in facts["device"]
-    real = tb.provenance(MANIFEST | {"synthetic": False}, {}, [0], tmp_path, "cpu")
+    real = pv.provenance(MANIFEST | {"synthetic": False}, {}, [0], tmp_path, "cpu")
     assert real["data"] == "two stains" and real["synthetic"] == "no"
 
 
 def test_written_tables_all_name_the_data(tmp_path):
-    write_metrics(tmp_path, "probe-mae-0"); write_metrics(tmp_path, "probe-sdmae-0")
+    write_scores(tmp_path, "probe-mae-0"); write_scores(tmp_path, "probe-sdmae-0")
     t, p = toy(1.)
-    for e in ("mae-0","sdmae-0"): write_predictions(tmp_path, e, p, t)
-    facts = tb.provenance(MANIFEST, {}, [0], tmp_path, "cpu")
-    paths = tb.write_tables(tb.collect(tmp_path), tmp_path/"out", facts["data"], tb.paired_table(tb.read_predictions(tmp_path), n=20), facts)
+    for e in ("mae-0","sdmae-0"): write_predictions(tmp_path/"x", f"probe-{e}", p, t)
+    facts = pv.provenance(MANIFEST, {}, [0], tmp_path, "cpu")
+    paths = tb.write_tables(rd.collect(tmp_path, "label"), tmp_path/"out", facts["data"], tb.paired_table(rd.read_predictions(tmp_path/"x", "label"), "sdmae", "mae", n=20, names=PLAIN), facts, names=PLAIN)
     assert sorted(p.name for p in paths) == sorted(p.name for p in (tmp_path/"out").iterdir()) and len(paths) == 5
     for path in paths: assert "synthetic sample" in path.read_text()
     page = (tmp_path/"out"/"results.md").read_text()
@@ -200,35 +221,30 @@ def test_written_tables_all_name_the_data(tmp_path):
 
 # several seeds, subsets of the labels, and variants
 
-VARIANTS = {"sdmae_p0": dict(loss_weight=0.), "sdmae_p08": dict(loss_weight=.8), "sdmae_mask75": dict(mask_ratio=.75), "sdmae_decoder1": dict(decoder=dict(depth=1)),
+VARIANTS = {"sdmae_p0": dict(loss_weight=0.), "sdmae_p08": dict(loss_weight=.8), "sdmae_mask75": dict(mask_ratio=.75), "sdmae_decoder1": {"decoder.depth": 1},
             "sdmae_detach": dict(detach_teacher=True), "sdmae_dino": dict(detach_teacher=True, center_on="logits")}
+DEFAULTS = {"loss_weight": .2, "mask_ratio": .5, "decoder.depth": 2, "detach_teacher": False, "center_on": "probs"}
+
+
+def variant(of, changes): return dict(of=of, changes=changes, defaults={k: DEFAULTS[k] for k in changes})
+
+
+CAMPAIGN_NAMES = Names(BASELINES | METHODS | {k: variant("sdmae", v) for k, v in VARIANTS.items()})
 LABELS = ("0.01","0.3","100","all")
 SEEDS, SUBSETS = (0,1,2), 2
 
 
 def skill(encoder, protocol, labels, seed, subset):
     "A made-up score, so that every table can be computed by hand."
-    base = {"random": .30, "histogram": .40, "supervised": .45, "mae": .55, "sdmae": .60}
+    base = {"random": .30, "random_long": .32, "histogram": .40, "supervised": .45, "mae": .55, "sdmae": .60}
     v = base.get(encoder) or .58 + .01*list(VARIANTS).index(encoder)
     return v + .04*LABELS.index(labels) + .05*(protocol == "finetune") + .011*seed - .0074*subset + .003*seed*(encoder == "sdmae_p0")
-
-
-@pytest.fixture
-def named():
-    "The variants, as parameters have them, named as in a report; the names are forgotten afterwards."
-    values = load_params().model_dump()
-    values["method"] |= {k: dict(of="sdmae", **v) for k, v in VARIANTS.items()} | {"mae_flat": dict(of="mae", decoder=dict(depth=1))}
-    found = tb.find_variants(parse_params(values).method, ["random","mae","sdmae",*VARIANTS])
-    tb.name_variants(found)
-    yield found
-    tb.name_variants({})
 
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory):
     "What the stages leave of 3 encoders, 6 variants, the histogram and the supervised one: 3 seeds × 2 subsets; scores by hand, predictions of 60 tiles."
     root = tmp_path_factory.mktemp("campaign")
-    (root/"metrics").mkdir()
     t = np.random.default_rng(0).integers(0, 3, 60)
     for stage, protocols in (("probe",("knn","linear")), ("finetune",("finetune",)), ("linear_sgd",("linear_sgd",))):
         for e, seed in [(e, s) for e in ("random","histogram","supervised","mae","sdmae",*VARIANTS) for s in SEEDS]:
@@ -236,19 +252,17 @@ def campaign(tmp_path_factory):
             scored, arrays = {p: {} for p in protocols}, dict(index=np.arange(60), targets=t)
             for p, l in [(p, l) for p in protocols for l in (("all",) if e == "supervised" else LABELS)]:
                 subsets = range(1 if l == "all" else SUBSETS)
-                entries = [{m: skill(tb.as_in_tables(e, p)[0], p, l, seed, k) for m in METRICS} | {"n_train": 10} for k in subsets]
+                entries = [{m: skill(e, p, l, seed, k) for m in METRICS} | {"n_train": 10} for k in subsets]
                 logits = [np.random.default_rng(10*seed + k).normal(size=(60,3)) + 2*entries[k]["accuracy"]*np.eye(3)[t] for k in subsets] # luck is shared
                 drawn = [np.exp(z)/np.exp(z).sum(1, keepdims=True) for z in logits]
                 scored[p][l] = entries[0] if l == "all" else entries
                 arrays[f"probabilities_{p}_{l}"] = drawn[0] if l == "all" else np.stack(drawn)
-            (root/"metrics"/f"{stage}-{e}-{seed}.json").write_text(json.dumps(scored))
-            (root/"evals"/stage/f"{e}-{seed}").mkdir(parents=True)
-            np.savez(root/"evals"/stage/f"{e}-{seed}"/"predictions.npz", **arrays)
+            np.savez(write_scores(root, f"{stage}-{e}-{seed}", results=scored)/"predictions.npz", **arrays)
     return root
 
 
 def test_runs_are_seeds_times_subsets(campaign):
-    df = tb.collect(campaign)
+    df = rd.collect(campaign, "label", names=CAMPAIGN_NAMES)
     runs = df[(df.encoder == "mae") & (df.protocol == "linear") & (df.labels == "0.01") & (df.metric == "accuracy")]
     assert list(zip(runs.seed, runs.subset)) == [(s, k) for s in SEEDS for k in range(SUBSETS)]
     by_hand = [skill("mae", "linear", "0.01", s, k) for s in SEEDS for k in range(SUBSETS)]
@@ -259,10 +273,9 @@ def test_runs_are_seeds_times_subsets(campaign):
 
 
 def test_several_runs_have_no_interval_even_where_files_have_one(tmp_path):
-    (tmp_path/"metrics").mkdir()
     entry = VALUES | {"intervals": {k: [0., 1.] for k in VALUES}}
-    (tmp_path/"metrics"/"finetune-mae-0.json").write_text(json.dumps({"finetune": {"100": [entry, entry | {"accuracy": .7}], "all": entry}}))
-    s = tb.summarise(tb.collect(tmp_path)).query("metric == 'accuracy'").set_index("labels")
+    write_scores(tmp_path, "finetune-mae-0", results={"finetune": {"100": [entry, entry | {"accuracy": .7}], "all": entry}})
+    s = tb.summarise(rd.collect(tmp_path, "label", names=PLAIN)).query("metric == 'accuracy'").set_index("labels")
     assert np.isnan(s.low["100"]) and s.value["100"] == pytest.approx(.8) and (s.low["all"], s.high["all"]) == (0, 1)
 
 
@@ -273,23 +286,24 @@ def test_several_runs_have_no_interval_even_where_files_have_one(tmp_path):
     ((0,), ("100","all"), "mean ± standard deviation over 2 random subsets of the labels; where labels were drawn once, value and 95 % bootstrap interval"),
     ((0,1,2), ("100","all"), "mean ± standard deviation over 3 seeds × 2 random subsets of the labels; where labels were drawn once, over seeds alone")])
 def test_the_caption_says_what_the_spread_is_over(campaign, seeds, labels, text):
-    df = tb.collect(campaign, seeds=seeds)
+    df = rd.collect(campaign, "label", names=CAMPAIGN_NAMES, seeds=seeds)
     assert tb.spread_text(df[df.labels.isin(labels)]) == text
 
 
-def test_tables_of_several_runs(campaign, named):
-    table = tb.results_table(tb.collect(campaign))
+def test_tables_of_several_runs(campaign):
+    table = tb.results_table(rd.collect(campaign, "label"), names=CAMPAIGN_NAMES)
     assert list(table.index.levels[0][table.index.codes[0]].unique()) == ["1 %","30 %","100","all"]
     assert table.loc[("1 %","SD-MAE"), "linear probe (SGD), balanced accuracy"] == "{:.3f} ± {:.3f}".format(*(f([skill("sdmae", "linear_sgd", "0.01", s, k) for s in SEEDS for k in (0,1)]) for f in (np.mean, lambda x: np.std(x, ddof=1))))
-    assert table.loc[("all","Supervised from scratch"), "linear probe (SGD), macro AUC"] == "" != table.loc[("all","Supervised from scratch"), "fine-tuned, macro AUC"]
+    assert table.loc[("all","Supervised"), "linear probe (SGD), macro AUC"] == "" != table.loc[("all","Random init"), "fine-tuned, macro AUC"]
+    assert list(table.loc["100"].index)[-8:] == ["MAE", "SD-MAE", *(CAMPAIGN_NAMES[v] for v in VARIANTS)]
     assert "SD-MAE, detach_teacher true, center_on logits" in table.index.get_level_values("encoder")
     assert len(table.columns) == 8
 
 
 def test_pairs_are_of_the_same_seed_and_subset(campaign):
-    found = tb.read_predictions(campaign)
+    found = rd.read_predictions(campaign, "label")
     assert list(found.runs("linear", "0.01", "mae")) == [(s, k) for s in SEEDS for k in (0, 1)]
-    table = tb.paired_table(found, n=20).set_index(["labels","protocol","metric"])
+    table = tb.paired_table(found, "sdmae", "mae", n=20).set_index(["labels","protocol","metric"])
     row = table.loc["0.01","linear_sgd","accuracy"]
     a, b = found.runs("linear_sgd", "0.01", "sdmae"), found.runs("linear_sgd", "0.01", "mae")
     each = np.array([scores(found.targets, a[k])["accuracy"] - scores(found.targets, b[k])["accuracy"] for k in a])
@@ -318,76 +332,98 @@ def test_a_verdict_needs_both_tiles_and_seeds_and_pays_for_every_row():
 
 def test_each_method_stands_against_every_baseline(tmp_path):
     t, a = toy(2.)
-    kept = [("probe", e, ["knn"]) for e in ("mae-0", "mae-1", "random-0", "random-1", "histogram-0", "natural-0")]
-    for stage, e, names in kept + [("finetune", "random-0", ["finetune", "finetune_long"]), ("finetune", "mae-0", ["finetune"])]:
-        (tmp_path/"evals"/stage/e).mkdir(parents=True)
-        np.savez(tmp_path/"evals"/stage/e/"predictions.npz", index=np.arange(200), targets=t, **{f"probabilities_{n}_all": a for n in names})
-    found = tb.read_predictions(tmp_path)
-    table = tb.paired_tables(found, tb.against_baselines(["random", "mae", "sdmae"]), n=20)
-    assert set(zip(table.b, table.protocol)) >= {("random", "knn"), ("histogram", "knn"), ("natural", "knn"), ("supervised", "finetune"), ("supervised_long", "finetune")}
-    assert set(table.a) == {"mae"} and ("random", "finetune") not in set(zip(table.b, table.protocol)), "trained, random is training from scratch"
+    for e in ("mae-0", "mae-1", "random-0", "random-1", "histogram-0", "natural-0", "supervised-0"): write_predictions(tmp_path, f"probe-{e}", a, t, keys=["knn_all"])
+    write_predictions(tmp_path, "finetune-random-0", a, t, keys=["finetune_all", "finetune_long_all"])
+    write_predictions(tmp_path, "finetune-mae-0", a, t, keys=["finetune_all"])
+    found = rd.read_predictions(tmp_path, "label")
+    table = tb.paired_tables(found, tb.against_baselines(PLAIN), n=20, names=PLAIN)
+    assert set(zip(table.b, table.protocol)) == {("random", "knn"), ("histogram", "knn"), ("natural", "knn"), ("supervised", "knn"), ("random", "finetune"), ("random_long", "finetune")}
+    assert set(table.a) == {"mae"} and "MAE − Random init, longer" in set(table.pair)
     assert tb.paired_tables(found, [("sdmae", "mae")]).empty
+    assert len(tb.paired_tables(found, [("mae", "random"), ["mae", "random"]], n=20)) == len(tb.paired_tables(found, [("mae", "random")], n=20)), "a pair listed twice counts once"
 
 
-def test_ablations_differ_run_by_run(campaign, named):
-    df = tb.collect(campaign)
-    rows = tb.ablation(df, named)
+def test_ablations_differ_run_by_run(campaign):
+    df = rd.collect(campaign, "label", names=CAMPAIGN_NAMES)
+    rows = tb.ablation(df, CAMPAIGN_NAMES)
     assert list(rows.encoder.unique()) == ["sdmae", *VARIANTS] and set(rows.protocol) == {"linear","linear_sgd","knn","finetune"}
     p0 = rows[(rows.encoder == "sdmae_p0") & (rows.protocol == "knn")].iloc[0]
     by_hand = np.array([skill("sdmae_p0", "knn", "all", s, 0) - skill("sdmae", "knn", "all", s, 0) for s in SEEDS])
     assert (p0.difference, p0.difference_sd) == pytest.approx((by_hand.mean(), by_hand.std(ddof=1)))
     assert rows[rows.encoder == "sdmae"].difference.isna().all()
-    few = tb.ablation(df, named, labels="0.01")
+    few = tb.ablation(df, CAMPAIGN_NAMES, labels="0.01")
     assert set(few.runs) == {6}
-    table = tb.ablation_table(df, named)
+    table = tb.ablation_table(df, CAMPAIGN_NAMES)
     assert list(table.changed) == ["as it stands", "loss_weight: 0.2 → 0", "loss_weight: 0.2 → 0.8", "mask_ratio: 0.5 → 0.75", "decoder.depth: 2 → 1",
                                    "detach_teacher: false → true", "detach_teacher: false → true, center_on: probs → logits"]
     assert table["kNN, difference"][1] == f"{by_hand.mean():+.3f} ± {by_hand.std(ddof=1):.3f}" and table["kNN, difference"][0] == ""
-    assert tb.ablation_table(df[df.encoder != "sdmae"], named)["kNN, difference"].eq("").all(), "without its method a variant has no difference"
-    with pytest.raises(ValueError, match="no variant among"): tb.ablation_table(df[df.encoder == "mae"], named)
+    assert tb.ablation_table(df[df.encoder != "sdmae"], CAMPAIGN_NAMES)["kNN, difference"].eq("").all(), "without its method a variant has no difference"
+    with pytest.raises(ValueError, match="no variant among"): tb.ablation_table(df[df.encoder == "mae"], CAMPAIGN_NAMES)
 
 
-def test_variants_are_named_by_what_they_change(named):
-    assert list(tb.ENCODERS)[-8:] == ["sdmae", *VARIANTS, "miram"] and tb.ENCODERS["sdmae_decoder1"] == "SD-MAE, decoder.depth 1"
-    assert named["sdmae_mask75"].defaults == {"mask_ratio": .5}
-    twins = {"a": tb.Variant("mae", {"mask_ratio": .5}, {"mask_ratio": .75}), "b": tb.Variant("mae", {"mask_ratio": .5}, {"mask_ratio": .75}), "c": tb.Variant("mae", {}, {})}
-    assert [tb.name_variants(twins)[k] for k in twins] == ["MAE, mask_ratio 0.5", "MAE, mask_ratio 0.5 (b)", "MAE (c)"]
-    assert [tb.value_text(v) for v in (True, None, 1e-4, (.2, 1.), "logits")] == ["true", "null", "0.0001", "(0.2, 1.0)", "logits"]
-    assert list(tb.name_variants({})) == list(tb.KNOWN) and not tb.VARIANTS
+def test_variants_are_named_by_what_they_change():
+    assert list(CAMPAIGN_NAMES)[-8:] == ["sdmae", *VARIANTS, "miram"] and CAMPAIGN_NAMES["sdmae_decoder1"] == "SD-MAE, decoder.depth 1"
+    same = variant("mae", dict(mask_ratio=.75))
+    twins = Names(METHODS | {"a": same, "b": same, "c": dict(of="mae"), "d": dict(of="a", changes={"decoder.depth": 1}), "e": dict(of="mae", name="Mine")})
+    assert [twins[k] for k in "abcde"] == ["MAE, mask_ratio 0.75", "MAE, mask_ratio 0.75 (b)", "MAE (c)", "MAE, mask_ratio 0.75, decoder.depth 1", "Mine"]
+    assert list(twins)[:6] == ["mae", "a", "d", "b", "c", "e"] and twins.root("d") == "mae" and twins.top_down("d mae sdmae".split()) == ["sdmae", "mae", "d"]
+    assert [value_text(v) for v in (True, None, 1e-4, (.2, 1.), "logits")] == ["true", "null", "0.0001", "(0.2, 1.0)", "logits"]
 
 
-def test_looks_of_variants_are_their_own(named):
-    looks = [tuple(fg.style(e).values()) for e in (*tb.ENCODERS, "moco", "my-net")]
-    assert len(set(looks)) == len(looks) and all(c != "black" for c, _ in looks)
-    many = {f"v{i}": tb.Variant("sdmae", {"loss_weight": i/50}, {"loss_weight": .2}) for i in range(50)}
-    tb.name_variants(many)
-    assert len({tuple(fg.style(e).values()) for e in tb.ENCODERS}) == len(tb.ENCODERS)
+def test_names_cannot_be_written_into():
+    told = {"mae": dict(name="MAE")}
+    names = Names(told)
+    told["mae"]["name"] = "another"; told["sdmae"] = {}
+    assert dict(names) == {"mae": "MAE"}
+    with pytest.raises(TypeError): names["mae"] = "another"
+    with pytest.raises(TypeError): names.told["mae"] = Named("another")
+    with pytest.raises(AttributeError): names.told["mae"].name = "another"
+    with pytest.raises(ValueError, match="names: a is a variant of b"): Names({"a": dict(of="b"), "b": dict(of="a")})
+    with pytest.raises(TypeError, match="colour"): Names({"a": dict(colour="red")})
+
+
+def test_a_key_never_heard_of_is_its_own_name():
+    assert (PLAIN["moco"], PLAIN.get("moco"), "moco" in PLAIN, PLAIN["random_long"], PLAIN["moco_long"]) == ("moco", "moco", False, "Random init, longer", "moco_long")
+    assert PLAIN.ordered(["moco", "random_long", "mae", "random"]) == ["random", "random_long", "mae", "moco"]
+    assert pd.DataFrame(index=["mae", "moco"]).rename(index=PLAIN).index.tolist() == ["MAE", "moco"]
+    kept = Names({"x": {}, "x_long": dict(name="An encoder of its own")})
+    assert kept["x_long"] == "An encoder of its own" and kept.plain == ["x", "x_long"]
+    assert (PLAIN.methods, PLAIN.baselines[:3]) == (["mae", "sdmae", "miram"], ["random", "random_long", "histogram"])
+
+
+def test_looks_of_variants_are_their_own():
+    drawn = [tuple(CAMPAIGN_NAMES.style(e).values()) for e in (*CAMPAIGN_NAMES, "random_long", "moco", "my-net")]
+    assert len(set(drawn)) == len(drawn) and all(c != "black" for c, _ in drawn)
+    many = Names(METHODS | {f"v{i}": dict(of="sdmae", changes={"loss_weight": i/50}) for i in range(50)})
+    assert len({tuple(many.style(e).values()) for e in many}) == len(many)
+    inherited = Names({"mae": METHODS["mae"], "fine": METHODS["mae"] | dict(name="MAE, fine side")}) # the same pair twice
+    assert inherited.style("mae") == dict(color="#0072B2", marker="s") != inherited.style("fine")
 
 
 def test_segmentation_stands_apart(tmp_path):
-    write_metrics(tmp_path, "probe-mae-0")
-    assert tb.collect_segments(tmp_path) is None
+    write_scores(tmp_path, "probe-mae-0")
+    assert rd.collect_segments(tmp_path, "label") is None
     for e, seed, x in (("random",0,.5), ("mae",0,.6), ("mae",1,.7), ("sdmae",0,.9)):
         entry = dict(miou=x, iou_nucleus=x-.1, dice=x+.05, intervals=dict(miou=[x-.1, x+.1]) if e == "random" else None)
-        (tmp_path/"metrics"/f"segment-{e}-{seed}.json").write_text(json.dumps({"segment": {"all": entry}}))
-    table = tb.segment_table(tb.collect_segments(tmp_path, ["random","mae"], [0,1]))
-    assert list(table.columns) == ["mIoU","IoU of nuclei","Dice of nuclei"] and list(table.index) == ["Supervised from scratch","MAE"]
-    assert table.loc["Supervised from scratch","mIoU"] == "0.500 [0.400, 0.600]" and table.loc["MAE","Dice of nuclei"] == "0.700 ± 0.071"
-    assert set(tb.collect(tmp_path).protocol) == {"knn","linear"}
-    (tmp_path/"metrics"/"segment-mae-0.json").write_text('{"segment": {"all": {"miou": 1}}}')
-    with pytest.raises(ValueError, match="segment-mae-0.json"): tb.collect_segments(tmp_path)
+        write_scores(tmp_path, f"segment-{e}-{seed}", results={"segment": {"all": entry}})
+    table = tb.segment_table(rd.collect_segments(tmp_path, "label", ["random","mae"], [0,1]), names=PLAIN)
+    assert list(table.columns) == ["mIoU","IoU of nuclei","Dice of nuclei"] and list(table.index) == ["Random init","MAE"]
+    assert table.loc["Random init","mIoU"] == "0.500 [0.400, 0.600]" and table.loc["MAE","Dice of nuclei"] == "0.700 ± 0.071"
+    assert set(rd.collect(tmp_path, "label", names=PLAIN).protocol) == {"knn","linear"}
+    write_scores(tmp_path, "segment-mae-0", results={"segment": {"all": {"miou": 1}}})
+    with pytest.raises(ValueError, match="segment/mae-0/scores.json"): rd.collect_segments(tmp_path, "label")
 
 
-def test_watched_shows_what_there_is(named):
+def test_watched_shows_what_there_is():
     made = {("sdmae_p0", 0): dict(last=dict(rankme=3., kl=None), notes=["collapsed: all of it", "flat: too"]), ("mae", 1): dict(last=dict(rankme=31.4159), notes=[]), ("random", 0): dict(last=None, notes=[])}
-    table = tb.watched_table(made)
+    table = tb.watched_table(made, CAMPAIGN_NAMES)
     assert table.to_dict("list") == {"method": ["MAE","SD-MAE, loss_weight 0"], "seed": [1,0], "RankMe": ["31.4","3"], "warnings": ["","collapsed; flat"]}
 
 
-def test_written_tables_hold_the_further_ones(campaign, named, tmp_path):
-    df = tb.collect(campaign)
-    more = dict(ablation=("what each switch does", tb.ablation_table(df, named)))
-    paths = tb.write_tables(df, tmp_path, "x (synthetic sample)", tb.paired_table(tb.read_predictions(campaign), n=5), None, more)
+def test_written_tables_hold_the_further_ones(campaign, tmp_path):
+    df = rd.collect(campaign, "label", names=CAMPAIGN_NAMES)
+    more = dict(ablation=("what each switch does", tb.ablation_table(df, CAMPAIGN_NAMES)))
+    paths = tb.write_tables(df, tmp_path, "x (synthetic sample)", tb.paired_table(rd.read_predictions(campaign, "label"), "sdmae", "mae", n=5), None, more, CAMPAIGN_NAMES)
     assert [p.name for p in paths] == ["results.md","results.csv","table.csv","paired.csv","ablation.csv"] and all(p.is_file() for p in paths)
     page = paths[0].read_text()
     assert "## x (synthetic sample): what each switch does" in page and "3 seeds × 2 random subsets" in page and "linear probe (SGD), all scores" in page
@@ -395,7 +431,7 @@ def test_written_tables_hold_the_further_ones(campaign, named, tmp_path):
 
 
 def test_one_slide_is_said(tmp_path):
-    facts = tb.provenance(MANIFEST, {}, [0], tmp_path, "cpu", groups=np.array(["s1"]*5))
+    facts = pv.provenance(MANIFEST, {}, [0], tmp_path, "cpu", groups=np.array(["s1"]*5))
     assert "all of one patient or slide" in facts["intervals"]
 
 
@@ -403,7 +439,7 @@ def test_one_slide_is_said(tmp_path):
 
 def rows(labels=("100","all"), seeds=(0,), metric="balanced_accuracy", encoders=None):
     rng, out = np.random.default_rng(0), []
-    skill = encoders or {"random": .5, "histogram": .57, "supervised": .7, "mae": .76, "sdmae": .79}
+    skill = encoders or {"random": .5, "random_long": .6, "histogram": .57, "supervised": .7, "mae": .76, "sdmae": .79}
     for l in labels:
         for p in ("linear","knn","finetune"):
             for e, v in skill.items():
@@ -440,43 +476,43 @@ def assert_readable(fig):
 
 NAME = "pcam_12k_96px_jpg (synthetic sample)"
 DRAWN = {
-    "overview": lambda: fg.overview(rows(), NAME, 9),
-    "overview, one panel, seeds": lambda: fg.overview(rows(("all",), (0,1,2)), NAME, 9),
-    "overview, histogram near chance": lambda: fg.overview(rows(("100","1000","all"), metric="macro_auc", encoders={"histogram": .51, "mae": .9, "moco": .8}), NAME, 2, "macro_auc"),
-    "label_curve": lambda: fg.label_curve(rows(("100","1000","all")), NAME, 8000),
-    "label_curve, crowded": lambda: fg.label_curve(rows(("100","1000","all")), NAME, 1088),
-    "label_curve, one number": lambda: fg.label_curve(rows(("all",)), NAME, 8000),
-    "learning_curves": lambda: fg.learning_curves(curves(), NAME),
+    "overview": lambda: fg.overview(rows(), NAME, 9, names=PLAIN),
+    "overview, one panel, seeds": lambda: fg.overview(rows(("all",), (0,1,2)), NAME, 9, names=PLAIN),
+    "overview, histogram near chance": lambda: fg.overview(rows(("100","1000","all"), metric="macro_auc", encoders={"histogram": .51, "mae": .9, "moco": .8}), NAME, 2, "macro_auc", PLAIN),
+    "label_curve": lambda: fg.label_curve(rows(("100","1000","all")), NAME, 8000, names=PLAIN),
+    "label_curve, crowded": lambda: fg.label_curve(rows(("100","1000","all")), NAME, 1088, names=PLAIN),
+    "label_curve, one number": lambda: fg.label_curve(rows(("all",)), NAME, 8000, names=PLAIN),
+    "learning_curves": lambda: fg.learning_curves(curves(), NAME, names=PLAIN),
     "learning_curves, all ends alike": lambda: fg.learning_curves(curves(("mae","sdmae","supervised","moco"), ("loss",)).assign(value=lambda d: 1 + .001*d.value), NAME),
     "learning_curves, four panels": lambda: fg.learning_curves(curves(metrics=("train/loss","train/mse","lr","images_per_s")), NAME),
-    "confusion, 9": lambda: fg.confusion_matrices({e: 30*np.eye(9) + 2 for e in fg.STYLES}, ["ADI","BACK","DEB","LYM","MUC","MUS","NORM","STR","TUM"], NAME),
+    "confusion, 9": lambda: fg.confusion_matrices({e: 30*np.eye(9) + 2 for e in PLAIN}, ["ADI","BACK","DEB","LYM","MUC","MUS","NORM","STR","TUM"], NAME, PLAIN),
     "confusion, 2": lambda: fg.confusion_matrices({e: np.array([[8,2],[1,0]]) for e in ("mae","sdmae")}, ["normal","tumor"], NAME),
     "tsne": lambda: fg.tsne(np.random.default_rng(0).normal(size=(40,5)), list("abcdefghij")*4, ["NCT-CRC-HE-100K","CRC-VAL-HE-7K"]*20, NAME, "sdmae"),
-    "reconstruction": lambda: fg.reconstruction_grid(*[np.random.default_rng(0).random((5,3,16,16))]*3, NAME),
-    "attention": lambda: fg.attention_grid(torch.rand(5,3,16,16), {"mae": torch.rand(5,4,4), "sdmae": torch.rand(5,4,4)}, NAME)}
+    "reconstruction": lambda: fg.reconstruction_grid({k: np.random.default_rng(0).random((5,3,16,16)) for k in ("original", "masked", "reconstruction")}, NAME, "SD-MAE, epoch 40"),
+    "attention": lambda: fg.attention_grid(torch.rand(5,3,16,16), {"mae": torch.rand(5,4,4), "sdmae": torch.rand(5,4,4)}, NAME, PLAIN)}
 
 
 CAMPAIGN = { # 3 seeds × 2 subsets, 3 encoders, 6 variants, 4 protocols
-    "overview": lambda df, v: fg.overview(df, NAME, 3),
-    "overview without variants": lambda df, v: fg.overview(df[~df.encoder.isin(v)], NAME, 3),
-    "label_curve": lambda df, v: fg.label_curve(df, NAME, 9000),
-    "label_curve of shares": lambda df, v: fg.label_curve(df[df.labels != "100"], NAME, 9000),
-    "ablation": lambda df, v: fg.ablation_figure(df, v, "sdmae", NAME),
-    "ablation, one seed": lambda df, v: fg.ablation_figure(df[df.seed == 0], v, "sdmae", NAME, labels="100"),
-    "learning_curves": lambda df, v: fg.learning_curves(pd.concat([curves(("mae","sdmae",*VARIANTS), ("loss","rankme","lr","kl"), 24).assign(seed=s) for s in SEEDS]), NAME),
-    "confusion": lambda df, v: fg.confusion_matrices({e: 30*np.eye(2) + 2 for e in ("random","histogram","supervised","mae","sdmae",*VARIANTS)}, ["normal","tumor"], NAME),
-    "attention": lambda df, v: fg.attention_grid(torch.rand(5,3,16,16), {e: torch.rand(5,4,4) for e in ("random","mae","sdmae",*VARIANTS)}, NAME)}
+    "overview": lambda df, names: fg.overview(df, NAME, 3, names=names),
+    "overview without variants": lambda df, names: fg.overview(df[~df.encoder.isin(names.variants)], NAME, 3, names=names),
+    "label_curve": lambda df, names: fg.label_curve(df, NAME, 9000, names=names),
+    "label_curve of shares": lambda df, names: fg.label_curve(df[df.labels != "100"], NAME, 9000, names=names),
+    "ablation": lambda df, names: fg.ablation_figure(df, names, "sdmae", NAME),
+    "ablation, one seed": lambda df, names: fg.ablation_figure(df[df.seed == 0], names, "sdmae", NAME, labels="100"),
+    "learning_curves": lambda df, names: fg.learning_curves(pd.concat([curves(("mae","sdmae",*VARIANTS), ("loss","rankme","lr","kl"), 24).assign(seed=s) for s in SEEDS]), NAME, names=names),
+    "confusion": lambda df, names: fg.confusion_matrices({e: 30*np.eye(2) + 2 for e in ("random","histogram","supervised","mae","sdmae",*VARIANTS)}, ["normal","tumor"], NAME, names),
+    "attention": lambda df, names: fg.attention_grid(torch.rand(5,3,16,16), {e: torch.rand(5,4,4) for e in ("random","mae","sdmae",*VARIANTS)}, NAME, names)}
 
 
 @pytest.mark.parametrize("name", CAMPAIGN)
-def test_figures_of_a_campaign_are_readable(campaign, named, name):
-    fig = CAMPAIGN[name](tb.collect(campaign), named)
+def test_figures_of_a_campaign_are_readable(campaign, name):
+    fig = CAMPAIGN[name](rd.collect(campaign, "label", names=CAMPAIGN_NAMES), CAMPAIGN_NAMES)
     assert NAME in fig.get_suptitle().replace("\n", " ")
     assert_readable(fig)
 
 
 def test_bands_are_standard_deviations_or_intervals(campaign):
-    df = tb.collect(campaign)
+    df = rd.collect(campaign, "label", names=CAMPAIGN_NAMES)
     part = fg.with_bars(df[df.metric == "balanced_accuracy"]).query("encoder == 'mae' and protocol == 'knn' and labels == '100'").iloc[0]
     by_hand = [skill("mae", "knn", "100", s, k) for s in SEEDS for k in (0, 1)]
     assert (part.low, part.high) == pytest.approx((np.mean(by_hand) - np.std(by_hand, ddof=1), np.mean(by_hand) + np.std(by_hand, ddof=1)))
@@ -489,9 +525,9 @@ def test_bands_are_standard_deviations_or_intervals(campaign):
     assert sorted(drawn[:,0])[0] == pytest.approx(90) and [t.get_text() for t in ax.texts][:3] == ["1 %","30 %","100 %"]
 
 
-def test_the_ablation_figure_draws_the_numbers(campaign, named):
-    df = tb.collect(campaign)
-    fig = fg.ablation_figure(df, named, "sdmae", "x")
+def test_the_ablation_figure_draws_the_numbers(campaign):
+    df = rd.collect(campaign, "label", names=CAMPAIGN_NAMES)
+    fig = fg.ablation_figure(df, CAMPAIGN_NAMES, "sdmae", "x")
     names = [t.get_text() for t in fig.axes[0].get_yticklabels()]
     assert names == ["loss_weight", "0", "0.2 · as it stands", "0.8", "mask_ratio", "0.5 · as it stands", "0.75", "decoder.depth", "1", "2 · as it stands",
                      "detach_teacher", "false · as it stands", "true", "several at once", "detach_teacher true, center_on logits"]
@@ -499,12 +535,12 @@ def test_the_ablation_figure_draws_the_numbers(campaign, named):
     mean = lambda e: np.mean([skill(e, "linear", "all", s, 0) for s in SEEDS])
     assert {y: float(l.get_xdata()[0]) for y, l in points.items()} == pytest.approx({1: mean("sdmae_p0"), 2: mean("sdmae"), 3: mean("sdmae_p08"), 5: mean("sdmae"), 6: mean("sdmae_mask75"),
         8: mean("sdmae_decoder1"), 9: mean("sdmae"), 11: mean("sdmae"), 12: mean("sdmae_detach"), 14: mean("sdmae_dino")})
-    assert points[12].get_color() == fg.style("sdmae_detach")["color"] and [ax.get_title() for ax in fig.axes] == list(tb.PROTOCOLS.values())
-    with pytest.raises(ValueError, match="no variant"): fg.ablation_figure(df, named, "mae", "x")
+    assert points[12].get_color() == CAMPAIGN_NAMES.style("sdmae_detach")["color"] and [ax.get_title() for ax in fig.axes] == list(PROTOCOLS.values())
+    with pytest.raises(ValueError, match="no variant"): fg.ablation_figure(df, CAMPAIGN_NAMES, "mae", "x")
 
 
-def test_the_story_lists_variants_below_their_method(campaign, named):
-    fig = fg.overview(tb.collect(campaign, seeds=[0]), "x", 3)
+def test_the_story_lists_variants_below_their_method(campaign):
+    fig = fg.overview(rd.collect(campaign, "label", names=CAMPAIGN_NAMES, seeds=[0]), "x", 3, names=CAMPAIGN_NAMES)
     names = [t.get_text() for t in fig.axes[0].get_yticklabels()]
     assert names[:9] == ["SD-MAE", "SD-MAE, loss_weight 0", "SD-MAE, loss_weight 0.8", "SD-MAE, mask_ratio 0.75", "SD-MAE, decoder.depth 1", "SD-MAE, detach_teacher true", "sdmae_dino", "MAE", "Supervised"]
 
@@ -517,15 +553,31 @@ def test_figures_are_readable_and_name_the_data(name):
 
 
 def test_an_encoder_has_one_colour_everywhere():
-    colours = {e: matplotlib.colors.to_hex(c) for e, (c, _) in fg.STYLES.items()}
-    assert len(set(colours.values())) == len(fg.STYLES)
+    colours = {e: matplotlib.colors.to_hex(PLAIN.style(e)["color"]) for e in (*PLAIN, "random_long")}
+    assert len(set(colours.values())) == len(colours)
     wanted = {colours[e] for e in set(rows().encoder)}
-    story, curve = fg.overview(rows(("all",)), "x", 9), fg.label_curve(rows(), "x", 800)
+    story, curve = fg.overview(rows(("all",)), "x", 9, names=PLAIN), fg.label_curve(rows(), "x", 800, names=PLAIN)
     for fig in (story, curve):
         lines = [l for ax in fig.axes for l in ax.lines if l.get_marker() not in ("", "None", "|")]
         assert {matplotlib.colors.to_hex(l.get_color()) for l in lines} == wanted
-    learn = fg.learning_curves(curves(("mae",)), "x")
-    assert matplotlib.colors.to_hex(learn.axes[0].lines[0].get_color()) == fg.STYLES["mae"][0].lower()
+    learn = fg.learning_curves(curves(("mae",)), "x", names=PLAIN)
+    assert matplotlib.colors.to_hex(learn.axes[0].lines[0].get_color()) == colours["mae"]
+
+
+def test_names_are_dark_enough_to_read():
+    assert (fg.ink("histogram", PLAIN), fg.ink("mae", PLAIN)) == ("#8a8a8a", "#0072B2")
+    by_name = Names({"toy": dict(color="tomato", marker="P"), "pale": dict(color="white", marker="P")})
+    assert (fg.ink("toy", by_name), fg.ink("pale", by_name)) == ("tomato", "#bfbfbf")
+
+
+def test_metrics_for_dvc_are_the_means(campaign, tmp_path):
+    df = rd.collect(campaign, "label", names=CAMPAIGN_NAMES)
+    paths = tb.write_metrics(df, tmp_path/"metrics")
+    assert sorted(p.name for p in paths) == sorted(f"{e}.json" for e in df.encoder.unique())
+    found = json.loads((tmp_path/"metrics"/"mae.json").read_text())
+    assert found["knn_0.01_accuracy"] == round(np.mean([skill("mae", "knn", "0.01", s, k) for s in SEEDS for k in (0, 1)]), 4)
+    assert {k.split("_", 2)[2] for k in found if k.startswith("knn_")} == {"accuracy", "balanced_accuracy", "macro_auc"}
+    assert (tmp_path/"metrics").stat() and tb.write_metrics(df, tmp_path/"metrics", "margins")[0].name.startswith("margins_")
 
 
 def test_overview_draws_the_numbers():
@@ -554,12 +606,13 @@ def test_learning_curves_come_from_dvclives_own_files(tmp_path):
     with dvclive.Live(str(tmp_path/"my-net-2"/"live"), dvcyaml=None, save_dvc_exp=False) as live:
         for i in range(3):
             live.log_metric("train/loss", 1/(i+1)); live.log_metric("rankme", float(i)); live.next_step()
-    df = fg.read_curves(tmp_path)
+    df = rd.read_curves(tmp_path)
+    assert rd.read_curves(tmp_path, ["mae"]).empty and rd.read_curves(tmp_path, seeds=[0]).empty
     assert set(df.metric) == {"train/loss","rankme"} and set(df.encoder) == {"my-net"} and set(df.seed) == {2}
     assert list(df[df.metric == "train/loss"].value) == pytest.approx([1, 1/2, 1/3])
     (tmp_path/"mae-0"/"live"/"plots"/"metrics").mkdir(parents=True)
     (tmp_path/"mae-0"/"live"/"plots"/"metrics"/"loss.tsv").write_text("a\tb\n1\t2\n")
-    with pytest.raises(ValueError, match="mae-0.*loss.tsv.*expected step and loss"): fg.read_curves(tmp_path)
+    with pytest.raises(ValueError, match="mae-0.*loss.tsv.*expected step and loss"): rd.read_curves(tmp_path)
 
 
 def test_confusions_are_shares_of_the_true_class():
@@ -601,7 +654,7 @@ def test_attention_minds_its_input():
     (lambda: fg.overview(rows(), "x", 9, "ece"), "metric ece"),
     (lambda: fg.label_curve(rows(), "x", 9, "ece"), "metric ece"),
     (lambda: fg.learning_curves(curves(), "x", ["nothing"]), "no curve \\['nothing'\\]; there are \\['train/loss'"),
-    (lambda: fg.reconstruction_grid(np.zeros((2,3,4,4)), np.zeros((1,3,4,4)), np.zeros((2,3,4,4)), "x"), "differ in length"),
+    (lambda: fg.reconstruction_grid({"original": np.zeros((2,3,4,4)), "masked": np.zeros((1,3,4,4))}, "x"), "differ in length"),
     (lambda: tb.results_table(rows(), ["ece"]), "no rows for metrics")])
 def test_figures_say_what_is_missing(draw, message):
     with pytest.raises(ValueError, match=message): draw()
