@@ -88,9 +88,11 @@ class ModelParams(Section):
     def _sizes(self):
         sizes = {k: getattr(self, k) for k in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
         absent, given = ([k for k, v in sizes.items() if (v is None) == no] for no in (True, False))
-        if self.arch != "vit" and given: raise ValueError(f"{', '.join(given)}: timm knows the sizes of {self.arch}; leave them out, or set arch: vit")
-        if self.arch == "vit" and absent: raise ValueError(f"{', '.join(absent)}: a vision transformer needs {'it' if len(absent) == 1 else 'them'}")
-        if self.arch == "vit" and self.embed_dim % self.num_heads: raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+        if self.arch != "vit":
+            if given: raise ValueError(f"{', '.join(given)}: timm knows the sizes of {self.arch}; leave them out, or set arch: vit")
+            return self
+        if absent: raise ValueError(f"{', '.join(absent)}: a vision transformer needs {'it' if len(absent) == 1 else 'them'}")
+        if self.embed_dim % self.num_heads: raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
         return self
 
 # %% ../nbs/params.ipynb #c015
@@ -107,7 +109,7 @@ class ViewParams(Section):
     intensity:float = Field(0., ge=0, le=1)                     # added to all pixels, ± share of the full range
     od_jitter:float = Field(0., ge=0)                           # optical density × (1 ± s) and + (± s/4), per channel
     color_jitter:float = Field(0., ge=0, le=1)                  # brightness, contrast, saturation × (1 ± s)
-    rand_augment:str|None = Field(None, pattern=r"^rand(-[a-z]+[0-9.]+)+$") # timm's RandAugment, "rand-m9-mstd0.5-inc1"; takes color_jitter's place
+    rand_augment:str|None = Field(None, pattern=r"^rand(-[a-z]+[0-9.]+)+$") # timm's, "rand-m9-mstd0.5-inc1"; takes color_jitter's place
     blur:float = Field(0., ge=0, le=1)                          # probability of a Gaussian blur
     blur_sigma:tuple[float,float] = (0.1, 2.)                   # its width, px
     solarize:float = Field(0., ge=0, le=1)                      # probability that the bright half is inverted
@@ -203,7 +205,7 @@ class PretrainParams(Section):
     accumulate:int = Field(1, ge=1)                     # equal parts a batch is split into
     watch_every:int = Field(ge=1)                       # epochs between kNN, RankMe and reconstructions
     checkpoint_minutes:float = Field(2., ge=0)          # at least so long between two checkpoints
-    shards:str|None = Field(None, min_length=1)         # folder of tars with index.json, from which the images come instead of the training split
+    shards:str|None = Field(None, min_length=1)         # folder of tars with index.json: images come from there, not the training split
     num_processes:Annotated[int, Field(ge=1)]|Literal["auto"] = 1 # that share each batch; "auto": one for each GPU
     compile:bool = False                                                 # the transformer's blocks, by torch.compile
 
@@ -226,7 +228,7 @@ class ProbeParams(Section):
     subsets:int = Field(1, ge=1)                        # random draws of each number of labels
     crop:float = Field(1., gt=0, le=1)                  # central share of a tile's side that is looked at
     neighbours:list[Annotated[int, Field(ge=1)]] = Field([20],
-                                                         min_length=1)   # k; of several the best on validation, among few labels by cross-validation
+                                                         min_length=1)   # k; of several the best on validation
     C:list[Annotated[float, Field(gt=0)]] = Field([1e-4, 1e-3, 1e-2, 1e-1, 1., 10., 100.],
                                                   min_length=1) # inverse regularisation, chosen likewise
 
@@ -319,7 +321,7 @@ class CompareParams(Section):
     question:str = ""
     encoders:list[str]
     tasks:list[str]
-    pairs:list[tuple[str,str]] = []         # whose differences the report tests where both are compared, beside each encoder against the baselines
+    pairs:list[tuple[str,str]] = []         # whose differences the report tests, beside those to the baselines
 
 # %% ../nbs/params.ipynb #c043
 class Params(Section):

@@ -31,7 +31,8 @@ def read_reference(
         with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
         meta = json.loads(str(arrays.pop("meta")))
     except (OSError, ValueError, KeyError) as e: raise ValueError(f"{path} is no reference file: {e}") from e
-    if not meta.keys() & {"loss_weight", "scales"}: raise ValueError(f"{path} is of a method that is not known here: its meta has {sorted(meta)}")
+    if not meta.keys() & {"loss_weight", "scales"}:
+        raise ValueError(f"{path} is of a method that is not known here: its meta has {sorted(meta)}")
     return meta, {k: torch.from_numpy(np.asarray(v)) for k, v in arrays.items()}
 
 # %% ../nbs/reference.ipynb #c006
@@ -53,18 +54,22 @@ def build_sdmae(meta:dict)->SDMAE:
         head=HeadParams(**{k: head[k] for k in ("hidden_dim", "bottleneck_dim", "out_dim")}),
         **{k: meta[k] for k in ("loss_weight", "student_temp", "teacher_temp", "center_momentum")})
     model = ModelParams(patch_size=meta["patch_size"], mlp_ratio=meta["mlp_ratio"], **shape(meta["encoder"]))
-    if head["layers"] != 3 or meta["layernorm_eps"] != 1e-6: raise ValueError("reference of another form: heads have 3 layers, LayerNorm eps 1e-6")
+    if head["layers"] != 3 or meta["layernorm_eps"] != 1e-6:
+        raise ValueError("reference of another form: heads have 3 layers, LayerNorm eps 1e-6")
     with float64(): return SDMAE(params, model, meta["img_size"])
 
 # %% ../nbs/reference.ipynb #c009
 def build_miram(meta:dict)->MIRAM:
     "MIRAM as `meta` says, in float64. Raises `ValueError` for what the release has not."
     patches, loss = {"masked patches": "masked", "all patches": "all"}, meta["loss"]
-    if meta["target_interpolation"] != "nearest" or len(meta["scales"]) != 2 or meta["layernorm_eps"] != 1e-6 or not {loss["low"], loss["high"]} <= patches.keys():
-        raise ValueError("reference of another form: MIRAM has two scales, a target enlarged by nearest, losses of masked patches or all patches, LayerNorm eps 1e-6")
+    known = {loss["low"], loss["high"]} <= patches.keys()
+    if meta["target_interpolation"] != "nearest" or len(meta["scales"]) != 2 or meta["layernorm_eps"] != 1e-6 or not known:
+        raise ValueError("reference of another form: MIRAM has two scales, a target enlarged by nearest, losses of masked patches or all "
+                         "patches, LayerNorm eps 1e-6")
     params = MIRAMParams(
         mask_ratio=meta["mask_ratio"], decoder=DecoderParams(**shape(meta["decoder"])), optim=OptimParams(base_lr=1.),
-        scales=meta["scales"], patches=[patches[loss["low"]], patches[loss["high"]]], weights=loss["weights"], target_norm="joint" if meta["norm_pix"] else "none")
+        scales=meta["scales"], patches=[patches[loss["low"]], patches[loss["high"]]], weights=loss["weights"],
+        target_norm="joint" if meta["norm_pix"] else "none")
     model = ModelParams(patch_size=meta["patch_size"], mlp_ratio=meta["mlp_ratio"], **shape(meta["encoder"]))
     with float64(): return MIRAM(params, model, meta["img_size"])
 
@@ -91,7 +96,8 @@ def run_miram(method:MIRAM, images:Tensor, noise:Tensor)->dict:
     (ids, pred), (fine_ids, fine_pred) = method.forward_scales(x, visible, masked, ["all", "all"]).values()
     loss = method.loss_on(x, visible, masked)["loss"]
     method.zero_grad(); loss.backward()
-    return dict(pred=in_order(pred, ids), highres_pred=in_order(fine_pred, fine_ids), mask=torch.zeros_like(noise).scatter(1, masked, 1.), loss=loss)
+    return dict(pred=in_order(pred, ids), highres_pred=in_order(fine_pred, fine_ids), mask=torch.zeros_like(noise).scatter(1, masked, 1.),
+                loss=loss)
 
 # %% ../nbs/reference.ipynb #c014
 METHODS = dict(loss_weight=(build_sdmae, run_sdmae, our_name, "in/mask"),
@@ -139,7 +145,8 @@ def main(argv=None)->int:
         except ValueError as e: print(e, file=sys.stderr); return 2
         for k, d in worst.items(): print(f"{d:9.2e}  {k}")
         bad = [k for k, d in worst.items() if not d <= args.tolerance]
-        print(f"{path}: {len(worst)} outputs, largest difference {max(worst.values()):.2e}" + (f"; above {args.tolerance:g}: {', '.join(bad)}" if bad else ""))
+        print(f"{path}: {len(worst)} outputs, largest difference {max(worst.values()):.2e}"
+              + (f"; above {args.tolerance:g}: {', '.join(bad)}" if bad else ""))
         ok = ok and not bad
     return 0 if ok else 1
 

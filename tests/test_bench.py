@@ -8,11 +8,12 @@ from timm.models.vision_transformer import Block
 
 from sdmae.bench.measure import SETTINGS, complete, count, enter, setting
 from sdmae.bench.peers import PEERS, Transcription, contestant
+from sdmae.methods.registry import method_params
 from sdmae.methods.sdmae import SDMAE
 from sdmae.pipeline.run import run
 from sdmae.params import compose, parse_params, project_root
 
-SMALL = parse_params(compose(["data.image_size=32", "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "+method@method.miram=miram_small"]))
+SMALL = parse_params(compose(["only=tissue", "data.tissue.image_size=32", "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "+encoder.miram={of: mae, method: miram}"]))
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def float64():
 def test_the_transcription_is_sdmae(float64, seed):
     "Loss, gradients and centre, over two steps; the key biases, which the release has not, at zero."
     torch.manual_seed(seed)
-    own = SDMAE(SMALL.method.sdmae, SMALL.model, 32).train()
+    own = SDMAE(method_params(SMALL, "sdmae"), SMALL.model, 32).train()
     for p in own.parameters(): p.data += 0.1*torch.randn_like(p)
     for m in own.modules():
         if isinstance(m, Attention): m.qkv.bias.data.chunk(3)[1].zero_()
@@ -75,8 +76,8 @@ def test_what_is_missing_is_said(monkeypatch):
 def test_settings_are_the_releases():
     for name in SETTINGS:
         P = setting(name)
-        assert P.patches("mae") == P.patches("sdmae")
-    assert setting("ViT-B/16 at 224").model.embed_dim == 768 and setting("ViT-S/8 at 96").patches("mae") == 144
+        assert P.image_size("mae") == P.image_size("sdmae") and P.encoders["mae"].model == P.encoders["sdmae"].model
+    assert setting("ViT-B/16 at 224").model.embed_dim == 768 and setting("ViT-S/8 at 96").image_size("mae") == 96
 
 
 def test_the_notebook_runs(tmp_path):

@@ -15,7 +15,8 @@ from sdmae.sample.tissue import CENTRES, TEST_CENTRE, make_sample, make_tile
 from sdmae.data.records import Record, Source, Task, quotas
 from sdmae.sources.publishers import NCT_CLASSES, open_source
 from sdmae.data.store import TileStore, contact_sheet, fit, prepare, sha256
-from sdmae.evaluate.features import colour_histogram
+from sdmae.evaluate.features import extract
+from sdmae.models.histogram import HistogramEncoder
 from sdmae.evaluate.linear import fit_linear
 from sdmae.params import DataParams
 
@@ -229,7 +230,7 @@ def test_natural_images_in_imagenets_layout(tmp_path):
     store = prepare(open_source(data), tmp_path/"prepared", data)
     x, y = {}, {}
     for split in ("train", "valid", "test"):
-        i = store.indices(split); x[split], y[split] = colour_histogram(store, i), store.targets(i).numpy()
+        i = store.indices(split); x[split], y[split] = extract(HistogramEncoder(32), store, i, [0.]*3, [1.]*3, "cpu"), store.targets(i).numpy()
     probe = fit_linear(x["train"], y["train"], x["valid"], y["valid"], 2)
     assert store.classes == ["n00000001", "n00000002"] and (probe.predict_proba(x["test"]).argmax(1) == y["test"]).mean() > 0.8
 

@@ -8,18 +8,19 @@ import torch.distributed as dist
 
 import sdmae.pipeline.pretrain as pretrain
 import sdmae.views.augment as augment
-from sdmae.methods.registry import build_method
+from sdmae.methods.registry import method_of, method_params
 from sdmae.params import OptimParams, compose, parse_params
 from sdmae.train.batches import Batches
 from sdmae.train.engine import Callback, Trainer, pick_device
+from sdmae.pipeline.plan import made_of_encoder
 from toys import Follower
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 METHODS = ["mae", "sdmae", "sdmae_momentum", "miram", "follower"]
-VALUES = compose(["data.image_size=32", "model.embed_dim=24", "model.depth=2", "model.num_heads=2", "method.mae.views.color_jitter=0.3",
-                  "+method.sdmae_momentum={of: sdmae, detach_teacher: true, center_on: logits, teacher_momentum: 0.9}"])
-PARAMS = parse_params(VALUES | dict(method=VALUES["method"] | dict(miram=VALUES["method"]["mae"])))
+PARAMS = parse_params(compose(["only=tissue", "data.tissue.image_size=32", "model.embed_dim=24", "model.depth=2", "model.num_heads=2", "+encoder.miram={of: mae, method: miram}",
+                               "encoder.mae.views={of: tissue, color_jitter: 0.3}",
+                               "+encoder.sdmae_momentum={of: sdmae, detach_teacher: true, center_on: logits, teacher_momentum: 0.9}"]))
 
 
 RESUMED = ["sdmae", "follower"] # what they have beside weights: a centre; a queue, a teacher, a layer that began later
@@ -46,8 +47,7 @@ class Recorded(Trainer):
 def build(name):
     "A method from its seed, and its optimiser's parameters."
     if name == "follower": torch.manual_seed(0); return Follower(), Follower.optim
-    section = PARAMS.method.section(name)
-    return build_method(PARAMS.method.of(name), section, PARAMS.model, PARAMS.image_size(name)), section.optim
+    return method_of(PARAMS, name), method_params(PARAMS, name).optim
 
 
 def run(name, stop=None, accumulate=1, **kwargs):
@@ -218,7 +218,7 @@ def test_what_processes_refuse(two):
 
 
 def test_the_first_error_reaches_the_notebook(capfd):
-    with pytest.raises(RuntimeError, match="in 2 processes stopped. FileNotFoundError: .*nowhere.yaml does not exist"): pretrain.launch(2, params="nowhere.yaml", method="mae")
+    with pytest.raises(RuntimeError, match="in 2 processes stopped. FileNotFoundError: .*nowhere.yaml does not exist"): pretrain.launch(2, params="nowhere.yaml", encoder="mae")
 
 
 def test_a_killed_process_is_told(tmp_path):
@@ -235,23 +235,25 @@ def test_each_process_takes_its_gpu(monkeypatch):
     with pytest.raises(ValueError, match="cuda:0 is one GPU, for 3 processes; use device: cuda"), pretrain.process_group(torch.device("cuda:0")): pass
 
 
+def with_processes(n, **more):
+    "The parameters with a number of processes."
+    values = compose(["only=tissue"])
+    values["pretrain"]["tissue"]["num_processes"] = n
+    return parse_params(values | more)
+
+
 def test_how_many_processes(monkeypatch):
-    def asked(n, device="auto", method="mae"):
-        return pretrain.num_processes(parse_params(VALUES | dict(device=device, pretrain=VALUES["pretrain"] | dict(num_processes=n))), method)
-    assert asked("auto", "cpu") == 1 and asked(4) == 4 and asked(4, method="random") == 1
-    with pytest.raises(ValueError, match="pretrain: batch_size 16 is not divisible by num_processes 3"): asked(3)
-    with pytest.raises(ValueError, match="pretrain.num_processes"): asked(0)
+    def asked(n, device="auto", encoder="mae"): return pretrain.num_processes(with_processes(n, device=device), encoder)
+    assert asked("auto", "cpu") == 1 and asked(4) == 4 and asked(4, encoder="random") == 1
+    with pytest.raises(ValueError, match="pretrain.tissue: batch_size 16 is not divisible by num_processes 3"): asked(3)
+    with pytest.raises(ValueError, match="pretrain.tissue.num_processes"): asked(0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert asked("auto") == 8 and asked("auto", "cuda:1") == 1
 
 
 def test_the_number_of_processes_is_no_part_of_a_run(tmp_path):
     "Nor is it what a stage depends on."
-    import yaml
     class Store: manifest = dict(name="noise", sha256="0")
-    configs = [pretrain.run_config(parse_params(VALUES | dict(pretrain=VALUES["pretrain"] | dict(num_processes=n))), "mae", 0, Store(), CPU, None) for n in (1, 2)]
+    configs = [pretrain.run_config(with_processes(n), "mae", 0, Store(), CPU, None) for n in (1, 2)]
     assert configs[0] == configs[1] and "num_processes" not in str(configs)
-    stages = yaml.safe_load((ROOT/"dvc.yaml").read_text())["stages"]
-    for name, prefix in (("pretrain", ""), ("lesions_pretrain", "lesions.")):
-        tracked = {o.removeprefix(f"{prefix}pretrain.") for o in stages[name]["params"] if o.startswith(f"{prefix}pretrain.")}
-        assert tracked == set(PARAMS.pretrain.model_dump()) - {"checkpoint_minutes", "num_processes", "compile"}
+    assert made_of_encoder(with_processes(1), "mae") == made_of_encoder(with_processes(2), "mae")

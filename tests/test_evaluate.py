@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from sdmae.evaluate.features import colour_histogram, extract
+from sdmae.evaluate.features import extract
 from sdmae.evaluate.knn import fit_knn, folds, held_out_scores, knn_probabilities
 from sdmae.evaluate.linear import fit_linear, path_of_fits
 from sdmae.evaluate.statistics import (LABEL_METRICS, METRICS, LabelScores, WeightedScores, affordable_draws, as_released, bootstrap,
@@ -607,24 +607,8 @@ def test_extract_takes_the_librarys_encoder():
     assert np.allclose(got, tokens[:, encoder.num_prefix_tokens:].mean(1).numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("bins", [1, 7, 16, 256])
-def test_colour_histogram_is_numpys(bins):
-    store = Tiles(9)
-    idx = np.array([8, 0, 4])
-    got = colour_histogram(store, idx, bins, batch_size=2).reshape(3, 3, bins)
-    for row, i in zip(got, idx):
-        for c in range(3): assert np.allclose(row[c], np.histogram(store.tiles[i,...,c], bins=bins, range=(0,256))[0]/256, atol=1e-7)
-
-
 def test_grey_tiles_are_their_three_equal_channels():
     grey, three, net = Tiles(6, channels=1), Tiles(6), Net()
     three.tiles = grey.tiles.repeat(3, axis=3)
     a, b = (extract(net, store, [4,0,1], (.4,.5,.6), (.2,.3,.1), "cpu") for store in (grey, three))
     assert np.allclose(a, b, atol=1e-6)
-    h = colour_histogram(grey, [4,0,1], bins=16)
-    assert h.shape == (3, 16) and (np.tile(h, 3) == colour_histogram(three, [4,0,1], bins=16)).all()
-
-
-def test_colour_histogram_names_what_is_wrong():
-    with pytest.raises(ValueError, match="bins: 0"): colour_histogram(Tiles(2), [0], 0)
-    with pytest.raises(ValueError, match="no tiles"): colour_histogram(Tiles(2), [])

@@ -110,7 +110,7 @@ def test_fine_tuning(recipe, multi):
 
 
 def test_segmentation():
-    params = SegmentParams(image_size=64, blocks=[0, 1, 2, 3], channels=16, views=EVERYTHING.model_copy(update=dict(rotate=0., zoom=(1., 1.))))
+    params = SegmentParams(image_size=64, stride=64, blocks=[0, 1, 2, 3], channels=16, views=EVERYTHING.model_copy(update=dict(rotate=0., zoom=(1., 1.))))
     model = Segmenter(build_encoder(64, SHAPE, EncoderForm()), params)
     with FakeTensorMode():
         on_gpu(model)

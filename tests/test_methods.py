@@ -1,18 +1,21 @@
 "MAE, SD-MAE and MIRAM against independent implementations."
-import copy, json, math
+import ast, copy, inspect, json, math, os, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
+from sklearn.utils.class_weight import compute_class_weight
 from timm.layers import Attention
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF, InterpolationMode
 from sdmae.evaluate.features import extract
 from sdmae.evaluate.finetune import fit_classifier, predict
-from sdmae.params import EncoderForm, FinetuneParams, ModelParams, OptimParams, ViewParams
+from sdmae.params import EncoderForm, FinetuneParams, ModelParams, OptimParams, Section, ViewParams
 from sdmae.methods.mae import MAE, MAEParams
 from sdmae.methods.masked import pixel_target, random_masking
 from sdmae.methods.miram import MIRAM, MIRAMParams, Nystrom, NystromParams, finer, in_order
+from sdmae.methods.registry import METHODS, build_method, method_class
 from sdmae.methods.sdmae import SDMAE, SDMAEParams, teacher_statistics
+from sdmae.methods.supervised import Supervised, SupervisedParams
 from sdmae.models.decoders import DecoderParams
 from sdmae.models.heads import HeadParams
 from sdmae.models.encoders import build_encoder
@@ -23,7 +26,8 @@ from sdmae.views import augment
 from sdmae.views.augment import MEAN, STD, Views, normalize, to_unit, center_resize
 from sdmae.views.geometry import random_boxes
 
-REFERENCE = Path(__file__).parents[2]/"shared"/"reference"/"sdmae.npz"
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT.parent/"shared"/"reference"/"sdmae.npz"
 MIRAM_REFERENCE = REFERENCE.with_name("miram.npz")
 SHAPE = ModelParams(patch_size=8, embed_dim=48, depth=2, num_heads=3)
 DECODER, OPTIM = DecoderParams(embed_dim=32, depth=2, num_heads=4), OptimParams(base_lr=1e-3)
@@ -509,3 +513,80 @@ def test_collapse_is_told_by_what_the_teacher_says_of_images_not_by_its_entropy(
     tokens = teacher_statistics(apart.reshape(4, 4, 64), torch.tensor(9.))
     assert torch.allclose(tokens["teacher_information"], teacher_statistics(apart, torch.tensor(9.))["teacher_information"])
     assert "teacher_information" not in silent(torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8)), "p = 0 has no teacher to collapse"
+
+
+# The registry, and methods without masks
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_what_the_registry_says(name):
+    "Its module, its notebook, the class of its parameters: enough for whoever asks by name."
+    kind = method_class(name)
+    assert kind.__module__ == f"sdmae.methods.{METHODS[name].split(':')[0]}" and (ROOT/"nbs"/"methods"/f"{METHODS[name].split(':')[0]}.ipynb").is_file()
+    assert issubclass(kind.Params, Section) and kind.Params.__doc__
+    for hook in ("before_step", "after_step"):
+        if hasattr(kind, hook): assert list(inspect.signature(getattr(kind, hook)).parameters) == ["self", "progress"]
+
+
+def test_an_unknown_method_is_told_what_is_near():
+    with pytest.raises(ValueError, match="unknown method 'sdame', did you mean 'sdmae'\\? known: random, histogram, imported, supervised, mae, sdmae, miram"): method_class("sdame")
+    with pytest.raises(ValueError, match="unknown method 'zebra'; known: random"): build_method("zebra", None, SHAPE, 32)
+
+
+def test_methods_are_loaded_when_asked_for():
+    "So that one method's code concerns no other's run."
+    code = "import sys; from sdmae.methods.registry import method_class; method_class('mae'); print([o for o in sys.modules if o.startswith('sdmae.methods.')])"
+    r = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert sorted(ast.literal_eval(r.stdout)) == ["sdmae.methods.mae", "sdmae.methods.masked", "sdmae.methods.registry"], r.stderr
+
+
+def supervised(n_classes=3, multi=False, weights=None, **kwargs):
+    "A head that says something."
+    torch.manual_seed(0)
+    m = Supervised(SupervisedParams(optim=OPTIM, **kwargs), SHAPE, 48, n_classes, multi, weights)
+    torch.nn.init.normal_(m.head.weight, std=1.)
+    return m
+
+
+@pytest.mark.parametrize("smoothing", [0., .1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_supervised_loss_is_its_formula(smoothing, weighted):
+    "Mean over images of −w·Σ q·log p with smoothed labels q; the weights are scikit-learn's."
+    y = torch.tensor([0, 1, 1, 2, 1, 0, 1, 1])
+    w = torch.tensor(compute_class_weight("balanced", classes=np.arange(3), y=y.numpy())).float() if weighted else None
+    m, x = supervised(weights=w, class_weights=weighted, label_smoothing=smoothing).eval(), torch.rand(8, 3, 48, 48)
+    with torch.no_grad(): parts, z = m.loss_on(x, y), m.head(m.encoder.pooled(normalize(x))).double().numpy()
+    log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
+    q = np.eye(3)[y]*(1-smoothing) + smoothing/3
+    want = -(q*log_p*(w.double().numpy() if weighted else 1)).sum(1).mean()
+    assert parts["loss"].item() == pytest.approx(want, rel=1e-5) and parts["accuracy"].item() == (z.argmax(1) == y.numpy()).mean()
+
+
+def test_supervised_of_several_labels():
+    y, w, x = torch.randint(0, 2, (8, 3)).float(), torch.tensor([.5, 2., 3.]), torch.rand(8, 3, 48, 48)
+    m = supervised(multi=True, weights=w, class_weights=True)
+    with torch.no_grad(): p = torch.sigmoid(m.head(m.encoder.pooled(normalize(x)))).double()
+    assert m.loss_on(x, y)["loss"].item() == pytest.approx(-(w*y*p.log() + (1-y)*(1-p).log()).mean().item(), rel=1e-5)
+    with pytest.raises(ValueError, match="label_smoothing 0.1: not for a task of several labels"): supervised(multi=True, label_smoothing=.1)
+    with pytest.raises(ValueError, match="class_weights: false, but weights are"): supervised(weights=w)
+
+
+@pytest.mark.parametrize("kwargs", [dict(weights=torch.tensor([.2, 1., 5.]), class_weights=True, label_smoothing=.1), dict(multi=True)])
+def test_parts_of_a_supervised_batch_add_up(kwargs):
+    "Gradients of two unequal parts are the whole batch's, class weights included."
+    m, x, grads = supervised(**kwargs), torch.rand(8, 3, 48, 48), []
+    y = torch.randint(0, 2, (8, 3)).float() if "multi" in kwargs else torch.tensor([0, 1, 1, 2, 1, 0, 1, 1])
+    for parts in ([slice(0, 8)], [slice(0, 3), slice(3, 8)]):
+        m.zero_grad()
+        for o in parts: (m.loss_on(x[o], y[o])["loss"]*(o.stop - o.start)/8).backward()
+        grads.append(m.encoder.blocks[0].attn.qkv.weight.grad.clone())
+    assert torch.allclose(*grads, atol=1e-6) and grads[0].norm() > 0
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_the_histogram_is_numpys(channels):
+    "Through the path that every encoder's features take."
+    tiles = torch.randint(0, 256, (6, 3, 24, 24), dtype=torch.uint8)[:, :channels]
+    store, m = SimpleNamespace(batch=lambda rows: tiles[torch.as_tensor(rows)]), method_class("histogram")(method_class("histogram").Params(channels=channels), SHAPE, 24)
+    found = extract(m.encoder, store, np.arange(6), **m.normalization, device="cpu").reshape(6, -1, 16)
+    for image, shares in zip(tiles.expand(-1, found.shape[1], -1, -1), found):
+        for c, share in zip(image, shares): np.testing.assert_allclose(share, np.histogram(c, 16, (0, 256))[0]/24**2, rtol=1e-6)

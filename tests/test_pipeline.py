@@ -345,6 +345,27 @@ def test_a_data_set_and_a_task_of_ones_own(work):
     assert again == ["check", "prepare@mine", "plan", "evaluate@tissue-probe-mine-mae-0"]
 
 
+# Side by side
+
+def test_side_by_side_leaves_what_one_after_the_other_leaves(work):
+    "With everything done it does nothing; what is taken away it makes again, as it was."
+    before = {k: v for k, v in contents(work).items() if k.startswith("runs")}
+    assert "didn't change" in sh(work, sys.executable, "-m", "sdmae.pipeline", "repro", "--jobs", "2")
+    assert {k: v for k, v in contents(work).items() if k.startswith("runs")} == before
+    weights = work/run_of("tissue", "mae", 0)/"encoder"/"encoder.safetensors"
+    was = weights.read_bytes()
+    shutil.rmtree(work/run_of("tissue", "mae", 0)); (work/"dvc.lock").write_text(re.sub(r"  pretrain@tissue-mae-0:.*?(?=\n  \S)", "", (work/"dvc.lock").read_text(), flags=re.S))
+    sh(work, sys.executable, "-m", "sdmae.pipeline", "repro", "--jobs", "2")
+    assert weights.read_bytes() == was
+
+
+def test_a_job_that_fails_stops_no_other(work):
+    "It is told at the end, with its log; the others are done."
+    edit_params(work, encoder__lost=dict(of="mae", start="weights/nowhere.pth"), compare__tissue__encoders=["lost", "random", "mae"])
+    said = sh(work, sys.executable, "-m", "sdmae.pipeline", "repro", "--jobs", "2", fails=True)
+    assert "tissue-lost-0 stopped" in said and "weights/nowhere.pth" in said and "1 of" in said and "build/logs/tissue-lost-0.log" in said
+
+
 # Faults stop it before anything earlier is gone
 
 @pytest.mark.parametrize("changes, message", [

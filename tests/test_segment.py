@@ -1,5 +1,5 @@
 """Segmentation: reading annotated images, views of image and mask, UPerNet, windows and scores, against independent oracles and on bad input."""
-import io, json, zipfile
+import io, json, zipfile, shutil
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from sdmae.evaluate.statistics import draw_weights
 from sdmae.models.encoders import build_encoder, save_encoder
 from sdmae.models.vit import Encoder, position_table
 from sdmae.pipeline.run import run
-from sdmae.params import EncoderForm, ModelParams, OptimParams, SegmentParams, ViewParams
+from sdmae.params import EncoderForm, ModelParams, OptimParams, SegmentParams, ViewParams, store_of
 from sdmae.views.augment import normalize
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +121,7 @@ def without(contents, *names): return {k: v for k, v in contents.items() if k no
     (lambda c: c | {"images/A_0.jpg": c["images/A_0.png"]}, GROUP, r"A_0\.png and .*A_0\.jpg|A_0\.jpg and .*A_0\.png"),
     (lambda c: c | {"labels/A_0.png": c["masks/A_0.png"]}, GROUP, "same name"),
     (lambda c: c | {"images/A_0.png": c["images/A_0.png"][:20]}, GROUP, r"images/A_0\.png: truncated"),
-    (lambda c: c, r"^([a-z]+)_", r"images/A_0\.png: segment.group"),
+    (lambda c: c, r"^([a-z]+)_", r"images/A_0\.png: masks.group"),
     (lambda c: c, r"^[A-Z]_", "has no group"), (lambda c: c, r"^([A-Z_", "no regular expression"), (lambda c: c, r"^([a-z]*)", "finds no slide")])
 @pytest.mark.parametrize("packed", [False, True])
 def test_faulty_sets(tmp_path, change, group, message, packed):
@@ -130,7 +130,7 @@ def test_faulty_sets(tmp_path, change, group, message, packed):
     with pytest.raises(ValueError, match=message): read_pairs(place, group)
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="segment.path"): read_pairs(tmp_path/"none.zip", GROUP)
+    with pytest.raises(FileNotFoundError, match="change the data"): read_pairs(tmp_path/"none.zip", GROUP)
     (tmp_path/"empty").mkdir()
     with pytest.raises(FileNotFoundError, match="nothing in it that ends in"): read_pairs(tmp_path/"empty", GROUP)
     (tmp_path/"a.zip").write_bytes(b"PK no zip")
@@ -196,7 +196,7 @@ def saved(tmp_path):
     def save(image_size=32, class_token=True, pos_embed="sincos1d", patch_size=8):
         torch.manual_seed(0)
         model, form = ModelParams(patch_size=patch_size, embed_dim=32, depth=4, num_heads=2), EncoderForm(class_token=class_token, pos_embed=pos_embed)
-        config = dict(image_size=image_size, model=model.model_dump(), form=form.model_dump(), mean=[0.5]*3, std=[0.2]*3)
+        config = dict(method="random", image_size=image_size, model=model.model_dump(), form=form.model_dump(), mean=[0.5]*3, std=[0.2]*3)
         save_encoder(tmp_path/"run", build_encoder(image_size, model, form), config)
         return tmp_path/"run"
     return save
@@ -209,9 +209,10 @@ def test_positions_are_resampled(saved, class_token, kind):
     same, _ = segment_encoder(folder, 32)
     other, config = segment_encoder(folder, 64)
     assert torch.equal(same.pos_embed, table) and config["mean"] == [0.5]*3
-    assert torch.equal(other.pos_embed, resample_abs_pos_embed(table, [8, 8], num_prefix_tokens=prefix))
-    assert torch.equal(other.pos_embed[:, :prefix], table[:, :prefix]) and not other.pos_embed.requires_grad
-    corners = other.pos_embed[0, prefix:].reshape(8, 8, 32)[::7, ::7], table[0, prefix:].reshape(4, 4, 32)[::3, ::3]
+    positions = other.positions((8, 8))
+    assert torch.equal(positions, resample_abs_pos_embed(table, [8, 8], num_prefix_tokens=prefix))
+    assert torch.equal(positions[:, :prefix], table[:, :prefix]) and not positions.requires_grad
+    corners = positions[0, prefix:].reshape(8, 8, 32)[::7, ::7], table[0, prefix:].reshape(4, 4, 32)[::3, ::3]
     assert F.cosine_similarity(*corners, dim=-1).min() > 0.95
     assert other.tokens(torch.rand(1, 3, 64, 64)).shape == (1, 64 + prefix, 32)
 
@@ -441,17 +442,22 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert file.exists()
     assert [r["loss"] for r in fit(checkpoint=file)] == [r["loss"] for r in whole] and not file.exists()
 
-def test_the_stage(saved, tmp_path):
+def test_the_stage(saved, tmp_path, request):
     "The notebook on a small set: what it scores is what it kept, and test slides are never trained on."
-    values = yaml.safe_load((ROOT/"params.yaml").read_text())
-    values["model"] = values["model"] | dict(patch_size=8)
-    values["segment"] = segment_params(path=str(zipped(tmp_path/"set.zip", files(6, binary=False, size=80))), group=GROUP, test_fraction=0.34, steps=2).model_dump(mode="json")
-    values |= dict(device="cpu", precision="float32")
-    (tmp_path/"params.yaml").write_text(yaml.safe_dump(values))
-    out, metrics = tmp_path/"out", tmp_path/"metrics"/"segment.json"
-    run(ROOT/"nbs"/"pipeline"/"50_segment.ipynb", tmp_path/"done.ipynb", dict(params=str(tmp_path/"params.yaml"), encoder="random", seed=0,
-        weights=str(saved(32)), out=str(out), metrics=str(metrics)))
-    entry = json.loads(metrics.read_text())["segment"]["all"]
+    values, name, out = yaml.safe_load((ROOT/"params.yaml").read_text()), f"test-{tmp_path.name}", tmp_path/"out"
+    archive = zipped(tmp_path/"set.zip", files(6, binary=False, size=80))
+    values["data"][name] = dict(name="toys", adapter="masks", path=str(archive), masks=dict(group=GROUP), valid_fraction=0.34)
+    values["task"][name] = dict(data=name, target="nuclei", segment="toy")
+    values["segment"] = dict(toy=segment_params(steps=2).model_dump(mode="json"))
+    (tmp_path/"params.yaml").write_text(yaml.safe_dump(values | dict(device="cpu", precision="float32")))
+    given = dict(params=str(tmp_path/"params.yaml"))
+    request.addfinalizer(lambda: shutil.rmtree(ROOT/store_of(name), ignore_errors=True))
+    run(ROOT/"nbs"/"pipeline"/"11_masks.ipynb", tmp_path/"prepared.ipynb", given | dict(data=name, out=store_of(name), report=str(tmp_path/"look"), metrics=str(tmp_path/"facts.json")))
+    run(ROOT/"nbs"/"pipeline"/"50_segment.ipynb", tmp_path/"done.ipynb", given | dict(study="tissue", protocol="segment", task=name, encoder="random", seed=0, weights=str(saved(32)), out=str(out)))
+    assert (tmp_path/"look"/"outlines.png").is_file() and json.loads((tmp_path/"facts.json").read_text())["images"] == 6
+    scores = json.loads((out/"scores.json").read_text())
+    entry = scores["results"]["segment"]["all"]
+    assert (scores["encoder"], scores["task"]) == ("random", name)
     kept = np.load(out/"predictions.npz", allow_pickle=False)
     assert entry["slides_test"] == sorted(set(kept["slides"])) and entry["n_train"] == 4 and entry["n_test"] == len(kept["names"]) == 2
     assert entry["miou"] == pytest.approx(float(overlaps(kept["cells"].sum(0))["miou"])) and kept["cells"].sum() == 2*80*80
@@ -469,7 +475,7 @@ def real(name):
     return REAL/name
 
 def test_tnbc():
-    pairs = read_pairs(real("tnbc50_512px.zip"), SegmentParams().group)
+    pairs = read_pairs(real("tnbc50_512px.zip"), GROUP)
     assert len(pairs) == 50 and sorted({p.slide for p in pairs}) == [f"{i:02}" for i in range(1, 12)]
     train, test, slides = split_by_group(pairs, 0.3, 0)
     assert len(slides) == 3 and not {p.slide for p in train} & {p.slide for p in test}

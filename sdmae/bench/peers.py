@@ -26,8 +26,8 @@ class Own(nn.Module):
     def forward(self, x:Tensor)->Tensor: # (B, 3, S, S) in [0, 1] → scalar
         return self.method.loss_on(x, *self.method.draw_mask(len(x), x.device))["loss"]
 
-    def after_step(self):
-        if hasattr(self.method, "after_step"): self.method.after_step()
+    def after_step(self, progress):
+        if hasattr(self.method, "after_step"): self.method.after_step(progress)
 
 # %% ../../nbs/bench/peers.ipynb #c008
 class PlainAttention(nn.Module):
@@ -130,7 +130,8 @@ class TransformersMAE(nn.Module):
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
         m, c, d = params.model, method_params(params, "mae"), method_params(params, "mae").decoder
         self.model = ViTMAEForPreTraining(ViTMAEConfig(
-            hidden_size=m.embed_dim, num_hidden_layers=m.depth, num_attention_heads=m.num_heads, intermediate_size=round(m.embed_dim*m.mlp_ratio),
+            hidden_size=m.embed_dim, num_hidden_layers=m.depth, num_attention_heads=m.num_heads,
+            intermediate_size=round(m.embed_dim*m.mlp_ratio),
             image_size=params.image_size("mae"), patch_size=m.patch_size, mask_ratio=c.mask_ratio, norm_pix_loss=c.target_norm == "joint",
             decoder_hidden_size=d.embed_dim, decoder_num_hidden_layers=d.depth, decoder_num_attention_heads=d.num_heads,
             decoder_intermediate_size=round(d.embed_dim*m.mlp_ratio)))

@@ -27,7 +27,7 @@ class Record:
     group:str                       # patient or slide; "" where unknown
     centre:str                      # hospital or archive; "" where unknown
     read:Callable[[], np.ndarray]   # -> (H, W, 3) uint8, RGB, or (H, W) uint8, grey
-    labels:dict[str,str] = field(default_factory=dict) # task -> its label, several joined by "|"; a task that is missing or "" is not labelled
+    labels:dict[str,str] = field(default_factory=dict) # task -> its label, several joined by "|"; missing or "": not labelled
 
 # %% ../../nbs/data/records.ipynb #c006
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def members(
 def index_shards(
     folder:str|Path # with .tar files in it
 )->"Shards":
-    "Writes index.json and index.npy for tars of any origin. `FileNotFoundError` where there is no tar, `ValueError` where there is no image or a tar is damaged."
+    "Writes index.json and index.npy. `FileNotFoundError` without a tar, `ValueError` without an image or for a damaged tar."
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f"{folder} is no folder: name one that holds .tar files.")
     files = list_files(folder, (".tar",))
@@ -84,7 +84,8 @@ class Shards:
     sha256 = property(lambda self: sha256(self.folder/"index.json"))
     def __len__(self): return self.index["images"]
     def __repr__(self):
-        return f"Shards({self.folder.name}: {len(self)} images in {len(self.files)} files, {sum(s['bytes'] for s in self.index['shards'])/1e6:.1f} MB)"
+        size = sum(s["bytes"] for s in self.index["shards"])/1e6
+        return f"Shards({self.folder.name}: {len(self)} images in {len(self.files)} files, {size:.1f} MB)"
 
 # %% ../../nbs/data/shards.ipynb #c010
 def encoded(
@@ -120,7 +121,7 @@ def write_shards(
     shard_mb:float=256.,  # about so large is each file
     seed:int=0            # of the order
 )->Shards:
-    "Writes the tiles of a split as indexed shards. `ValueError` for an empty split or an unknown format, `FileExistsError` where something else is in the way."
+    "Writes a split's tiles as indexed shards. `ValueError`: empty split, unknown format; `FileExistsError`: something is in the way."
     folder = Path(folder)
     if format not in ("jpg", "png"): raise ValueError(f"format {format!r}: jpg or png")
     if folder.exists() and not (folder/"index.json").is_file():

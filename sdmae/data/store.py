@@ -28,7 +28,7 @@ def fit(
     path:str,         # for the error
     channels:int=3    # 1: grey
 )->np.ndarray:        # (image_size, image_size, channels) uint8
-    "Centre square of `tile`, resized (bicubic, antialiased); `ValueError` if it is smaller than `crop`, longer than 4:1 or not bytes of so many channels."
+    "Centre square of `tile`, resized (bicubic, antialiased); `ValueError` if below `crop`, longer than 4:1 or of other channels."
     if tile.shape[2:] != ((3,) if channels == 3 else ()) or tile.ndim < 2 or tile.dtype != np.uint8:
         raise ValueError(f"{path}: {tile.dtype} {tile.shape}, expected uint8 {'(H, W, 3)' if channels == 3 else '(H, W)'}.")
     h, w = tile.shape[:2]
@@ -127,7 +127,7 @@ def make_manifest(
     sums:list,   # of `fill`
     folder:Path  # with tiles.npy and table.csv in it
 )->dict:
-    "What the folder holds, for people and for checks. mean and std are per channel, of the training split, images in [0, 1]; `tasks` are those beyond the label."
+    "What the folder holds. mean and std: per channel, training split, images in [0, 1]; `tasks`: those beyond the label."
     total, square, n, odd = (sum(s) for s in zip(*sums))
     pixels = n*data.image_size**2
     mean = total/pixels
@@ -161,7 +161,7 @@ def prepare(
     data:DataParams,
     workers:int|None=None  # processes; None: all cores from 2,000 tiles up
 )->"TileStore":
-    "Writes tiles.npy, table.csv and manifest.json. Raises what reading raises, and `OSError` if the disk is too small; the folder is then as it was."
+    "Writes tiles.npy, table.csv, manifest.json. Raises what reading raises, `OSError` if the disk is full; the folder is then as it was."
     folder, n, size, channels = Path(folder), len(source.records), data.image_size, source.channels
     folder.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder.parent).free) < n*size*size*channels:
@@ -197,7 +197,7 @@ class TileStore:
         except ValueError as e:
             raise ValueError(f"{self.folder/'tiles.npy'}: truncated or damaged ({e}). Run the stage prepare again.") from e
         if len(self.tiles) != len(self.table):
-            raise ValueError(f"{self.folder}: {len(self.tiles)} tiles but {len(self.table)} rows in table.csv. Run the stage prepare again.")
+            raise ValueError(f"{self.folder}: {len(self.tiles)} tiles but {len(self.table)} rows in table.csv. Prepare it again.")
 
     classes = property(lambda self: self.manifest["classes"])
     tasks = property(lambda self: {"label":Task(self.classes, False),
@@ -207,7 +207,8 @@ class TileStore:
     synthetic = property(lambda self: self.manifest["synthetic"])
     def __len__(self): return len(self.table)
     def __repr__(self):
-        return f"TileStore({self.folder.name}: {len(self)} tiles of {self.image_size} px, {len(self.classes)} classes, {self.device}{', resident' if self.resident is not None else ''})"
+        where = f"{self.device}{', resident' if self.resident is not None else ''}"
+        return f"TileStore({self.folder.name}: {len(self)} tiles of {self.image_size} px, {len(self.classes)} classes, {where})"
 
 # %% ../../nbs/data/store.ipynb #c030
 @patch

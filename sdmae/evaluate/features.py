@@ -46,5 +46,7 @@ def extract(
             rows.append(encoder.pooled(normalize(center_resize(to_unit(x), encoder.image_size, crop), mean, std)).float())
     features = torch.cat(rows).cpu().numpy()
     bad = np.flatnonzero(~np.isfinite(features).all(1))
-    if len(bad): raise ValueError(f"{len(bad)} of {len(idx)} tiles have features that are not finite, row {idx[bad[0]]} first; did the pre-training diverge?")
+    if len(bad):
+        raise ValueError(f"{len(bad)} of {len(idx)} tiles have features that are not finite, row {idx[bad[0]]} first; did the pre-training "
+                         f"diverge?")
     return features

@@ -23,7 +23,7 @@ from ..train.engine import Trainer, Callback, autocast
 from .features import in_eval_mode
 from .statistics import LabelScores, scores
 
-# %% ../../nbs/evaluate/finetune.ipynb #c005
+# %% ../../nbs/evaluate/finetune.ipynb #n004
 def freeze_below(encoder:Encoder|ConvEncoder):
     "Only the linear map learns, from features brought to one scale."
     encoder.requires_grad_(False)
@@ -33,6 +33,7 @@ def freeze_below(encoder:Encoder|ConvEncoder):
     nn.init.trunc_normal_(linear.weight, std=0.01)
     setattr(parent, name, nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6), linear))
 
+# %% ../../nbs/evaluate/finetune.ipynb #c005
 class Classifier(nn.Module):
     "An encoder with a new head, its views and its loss."
     def __init__(self,
@@ -52,7 +53,8 @@ class Classifier(nn.Module):
         self.resting = [m for m in encoder.modules() if isinstance(m, BatchNorm)] if self.frozen else []
         if self.frozen: freeze_below(encoder)
         mixing = params.mixup > 0 or params.cutmix > 0
-        self.mix = Mixup(params.mixup, params.cutmix, label_smoothing=self.smoothing, num_classes=encoder.network.num_classes) if mixing else None
+        self.mix = Mixup(params.mixup, params.cutmix, label_smoothing=self.smoothing,
+                         num_classes=encoder.network.num_classes) if mixing else None
 
     def train(self, mode:bool=True):
         super().train(mode)
@@ -95,7 +97,9 @@ def balance(
     counts = targets.sum(0) if multi else torch.bincount(targets, minlength=len(classes))
     weights = (len(targets) - counts) / counts if multi else len(targets) / (len(classes)*counts)
     bad = torch.nonzero((counts == 0) | (weights == 0)).flatten().tolist()
-    if bad: raise ValueError(f"class_weights: {int(counts[bad[0]])} of {len(targets)} labelled tiles are of class {classes[bad[0]]}; take more labels, or set class_weights: false")
+    if bad:
+        raise ValueError(f"class_weights: {int(counts[bad[0]])} of {len(targets)} labelled tiles are of class {classes[bad[0]]}; take more "
+                         f"labels, or set class_weights: false")
     return weights.float()
 
 # %% ../../nbs/evaluate/finetune.ipynb #c011
@@ -132,10 +136,12 @@ class BestEpoch(Callback):
         store, idx, # labelled rows
         task:str
     ):
-        if idx is None or not len(idx): raise ValueError("select: macro_auc chooses the epoch on validation, but there are no rows of it; use select: last")
+        if idx is None or not len(idx):
+            raise ValueError("select: macro_auc chooses the epoch on validation, but there are no rows of it; use select: last")
         self.store, self.idx, self.best = store, idx, None
         self.targets = t = store.targets(idx, task).cpu().numpy()
-        if (t == t[0]).all(): raise ValueError(f"select: macro_auc: all {len(t)} rows of validation have the same label of the task {task}; use select: last")
+        if (t == t[0]).all():
+            raise ValueError(f"select: macro_auc: all {len(t)} rows of validation have the same label of the task {task}; use select: last")
 
     def after_epoch(self, trainer):
         model = trainer.model

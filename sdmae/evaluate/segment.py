@@ -35,7 +35,8 @@ def segment_encoder(
     "An encoder for images of another size. Raises as `load_encoder`; `ValueError` where patches do not tile the window."
     encoder, config = load_encoder(folder, device)
     patch = encoder.strides[0]
-    if encoder.kind == "vit" and image_size % patch: raise ValueError(f"segment.image_size {image_size} is not divisible by the encoder's patch size {patch} ({folder})")
+    if encoder.kind == "vit" and image_size % patch:
+        raise ValueError(f"segment.image_size {image_size} is not divisible by the encoder's patch size {patch} ({folder})")
     encoder.image_size = image_size
     return encoder, config
 
@@ -49,7 +50,9 @@ def lift(
 )->nn.Module:   # (B, dim, H, W) → (B, dim, H·patch/stride, W·patch/stride)
     "From a map's stride to another one. Raises `ValueError` where their ratio is no power of two."
     steps = math.log2(patch/stride)
-    if steps != int(steps): raise ValueError(f"model.patch_size {patch} cannot be brought to stride {stride} by doubling or halving: segmentation needs patches of 2, 4, 8, 16, 32 … px")
+    if steps != int(steps):
+        raise ValueError(f"model.patch_size {patch} cannot be brought to stride {stride} by doubling or halving: segmentation needs "
+                         f"patches of 2, 4, 8, 16, 32 … px")
     if steps < 0: return nn.MaxPool2d(2**int(-steps))
     layers = [[nn.ConvTranspose2d(dim, dim, 2, 2), nn.BatchNorm2d(dim), nn.GELU()] for _ in range(int(steps))]
     return nn.Sequential(*sum(layers, [])[:-2])
@@ -92,15 +95,17 @@ def blocks_used(
     encoder:Encoder|ConvEncoder,
     params:SegmentParams
 )->list[int]: # places in `encoder.strides`
-    "Which four maps are taken: `blocks` of a vision transformer, the stages at `STRIDES` of a convolutional network. Raises `ValueError` where there are none."
+    "Which four maps are taken: `blocks` of a vision transformer, else the stages at `STRIDES`. Raises `ValueError` where there are none."
     blocks, depth = params.blocks, len(encoder.strides)
     if encoder.kind == "timm":
-        if not set(STRIDES) <= set(encoder.strides): raise ValueError(f"{encoder.arch} has maps at strides {encoder.strides}: segmentation needs {STRIDES}")
+        if not set(STRIDES) <= set(encoder.strides):
+            raise ValueError(f"{encoder.arch} has maps at strides {encoder.strides}: segmentation needs {STRIDES}")
         return [encoder.strides.index(s) for s in STRIDES]
     if blocks != sorted(set(blocks)) or not (0 <= blocks[0] and blocks[-1] < depth):
         raise ValueError(f"segment.blocks {blocks} must rise within 0 … {depth-1}: the encoder has {depth} blocks")
     return blocks
 
+# %% ../../nbs/evaluate/segment.ipynb #n001
 def check_segmentable(
     encoder:Encoder|ConvEncoder,
     params:SegmentParams
@@ -108,8 +113,10 @@ def check_segmentable(
     "`ValueError` where window or batch do not suit the encoder or the decoder."
     size = params.image_size
     if size % STRIDES[-1]: raise ValueError(f"segment.image_size {size} is not divisible by {STRIDES[-1]}, the stride of the coarsest map")
-    if encoder.image_size != size: raise ValueError(f"the encoder was built for {encoder.image_size} px, segment.image_size is {size}: see `segment_encoder`")
-    if params.batch_size < 2: raise ValueError("segment.batch_size 1 is too small: the decoder's BatchNorm on a single pooled value needs 2 images at least")
+    if encoder.image_size != size:
+        raise ValueError(f"the encoder was built for {encoder.image_size} px, segment.image_size is {size}: see `segment_encoder`")
+    if params.batch_size < 2:
+        raise ValueError("segment.batch_size 1 is too small: the decoder's BatchNorm on a single pooled value needs 2 images at least")
 
 # %% ../../nbs/evaluate/segment.ipynb #c017
 class Segmenter(nn.Module):
@@ -130,7 +137,8 @@ class Segmenter(nn.Module):
         self.lifts = nn.ModuleList(lift(*of, s) for *of, s in zip(widths, strides, STRIDES))
         self.decoder = UPerNetDecoder((0, 0, *widths), len(STRIDES)+1, decoder_channels=c) # maps of strides 1 and 2 are skipped
         self.head = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(c, n_classes, 1))
-        self.aux = nn.Sequential(nn.Conv2d(widths[2], c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU(), nn.Dropout2d(0.1), nn.Conv2d(c, n_classes, 1))
+        self.aux = nn.Sequential(nn.Conv2d(widths[2], c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU(), nn.Dropout2d(0.1),
+                                 nn.Conv2d(c, n_classes, 1))
 
 # %% ../../nbs/evaluate/segment.ipynb #c018
 @patch
@@ -258,7 +266,8 @@ def starts(
     stride:int  # px
 )->list[int]:   # first pixels
     "Where windows begin along an axis. Raises `ValueError` where they would leave gaps."
-    if not 0 < stride <= size: raise ValueError(f"segment.stride {stride} must be within 1 … {size} (segment.image_size): windows would leave gaps")
+    if not 0 < stride <= size:
+        raise ValueError(f"segment.stride {stride} must be within 1 … {size} (segment.image_size): windows would leave gaps")
     last = max(length - size, 0)
     return [*range(0, last, stride), last]
 
@@ -298,7 +307,8 @@ def pixel_cells(
     predicted:np.ndarray # (H, W) likewise
 )->np.ndarray:           # (2, 2) pixels, a row per true class
     "How many pixels of each class were taken for which. Raises `ValueError` on masks of two sizes."
-    if truth.shape != predicted.shape: raise ValueError(f"truth is {truth.shape}, prediction {predicted.shape}: they are of different images")
+    if truth.shape != predicted.shape:
+        raise ValueError(f"truth is {truth.shape}, prediction {predicted.shape}: they are of different images")
     return np.bincount((2*(truth > 0) + (predicted > 0)).ravel(), minlength=4).reshape(2, 2)
 
 def overlaps(
@@ -320,8 +330,9 @@ def segment_scores(
     n:int=1000,       # bootstrap draws
     seed:int=0
 )->dict:              # scores, and `intervals` (empty with fewer than two slides)
-    "mIoU, Dice and IoU of each class over all pixels, with 95 % intervals over slides. Raises `ValueError` on masks that do not fit together."
-    if not truths or len(truths) != len(predictions): raise ValueError(f"{len(predictions)} predictions for {len(truths)} masks: one each is needed, and one at least")
+    "mIoU, Dice and IoU of each class over all pixels, 95 % intervals over slides. `ValueError` on masks that do not fit together."
+    if not truths or len(truths) != len(predictions):
+        raise ValueError(f"{len(predictions)} predictions for {len(truths)} masks: one each is needed, and one at least")
     cells = np.stack([pixel_cells(t, p) for t, p in zip(truths, predictions)]).astype(np.float64)
     scores = {k: float(v) for k, v in overlaps(cells.sum(0)).items()}
     if len(truths if slides is None else set(slides)) < 2: return scores | dict(intervals={})

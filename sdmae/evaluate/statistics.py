@@ -116,7 +116,7 @@ def scores(
     probabilities, # (n, C), rows sum to 1
     scorer=WeightedScores # or `LabelScores`
 )->dict[str, float]:
-    "`accuracy`, `balanced_accuracy`, `macro_auc`, `macro_f1` and `ece`, or what another scorer computes; `ValueError` on predictions that do not fit."
+    "`accuracy`, `balanced_accuracy`, `macro_auc`, `macro_f1`, `ece`, or those of another scorer; `ValueError` on unfit predictions."
     weighted = scorer(targets, probabilities)
     return {k: float(v[0]) for k, v in weighted(np.ones((weighted.n, 1))).items()}
 

@@ -26,12 +26,15 @@ def misfits(
 )->list[str]:               # one line a parameter
     "What the weights have and what the parameters say, where the two differ."
     if found["kind"] != "vit": return []
-    if model.arch != "vit": return [f"model.arch is {model.arch}, the weights are a vision transformer's: give model its sizes, {found['sizes']}"]
+    if model.arch != "vit":
+        return [f"model.arch is {model.arch}, the weights are a vision transformer's: give model its sizes, {found['sizes']}"]
     have = found["sizes"] | (dict(num_heads=found["num_heads"]) if found["num_heads"] else {})
     lines = [f"model.{k} is {getattr(model, k)}, the weights have {v}: set model.{k} to {v}" for k, v in have.items()
              if k in ModelParams.model_fields and not math.isclose(v, getattr(model, k), rel_tol=1e-3)]
     mine, theirs = (str(o).lower() for o in (params.class_token, have["class_token"]))
-    if mine != theirs: lines.append(f"method.imported.class_token is {mine}, the weights have {'one' if have['class_token'] else 'none'}: set it to {theirs}")
+    if mine != theirs:
+        lines.append(f"method.imported.class_token is {mine}, the weights have {'one' if have['class_token'] else 'none'}: set it to "
+                     f"{theirs}")
     return lines
 
 # %% ../../nbs/methods/imported.ipynb #c007

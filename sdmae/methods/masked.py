@@ -31,10 +31,13 @@ class MaskedParams(EncoderForm):
     def widths(self, model)->list[int]: return [model.embed_dim, self.decoder.embed_dim]
 
     def faults(self, model, image_size, prepared)->list[str]:
-        if model.arch != "vit": return [f"method hides patches, which {model.arch} does not have: give the encoder a vision transformer (model.arch: vit)"]
+        if model.arch != "vit":
+            return [f"method hides patches, which {model.arch} does not have: give the encoder a vision transformer (model.arch: vit)"]
         n = (image_size // model.patch_size)**2
         hidden = int(self.mask_ratio*n) >= 1 and int((1-self.mask_ratio)*n) >= 1
-        return super().faults(model, image_size, prepared) + ([] if hidden else [f"mask_ratio {self.mask_ratio} leaves no visible or no masked token of {n}"])
+        return super().faults(model, image_size, prepared) + ([] if hidden
+                                                              else [f"mask_ratio {self.mask_ratio} leaves no visible or no masked token of "
+                                                                    f"{n}"])
 
 # %% ../../nbs/methods/masked.ipynb #n007
 def random_masking(
@@ -120,7 +123,7 @@ def forward_masked(self:MaskedAutoencoder,
     x:Tensor,       # (B, 3, H, W) in [0, 1]
     visible:Tensor, # (B, n)
     masked:Tensor   # (B, m)
-)->dict:            # encoded (B, prefix + n, D), decoded (B, prefix + n + m, dim), without `reads_visible` (B, m, dim), pred (B, m, p·p·3)
+)->dict:            # encoded (B, prefix + n, D), decoded (B, prefix + n + m, dim; without `reads_visible` m alone), pred (B, m, p·p·3)
     "Encode the visible tokens, decode all, predict the masked ones' pixels."
     encoded = self.encoder.tokens(normalize(x), visible)
     decoded = self.decoder(encoded, visible, masked, None if self.reads_visible else masked.shape[1])
@@ -204,8 +207,8 @@ def reconstruct(self:MaskedAutoencoder,
     visible, masked = self.draw_mask(len(x), x.device, generator)
     pred = self.forward_masked(x, visible, masked)["pred"].float()
     shown = uncoloured(self.shown(pred, x, masked), images)
-    grey = torch.full_like(shown, 0.5)
-    return dict(original=x, masked=paste(x, masked, grey, self.patch_size), reconstruction=paste(x, masked, shown, self.patch_size).clamp(0, 1))
+    hidden, filled = (paste(x, masked, v, self.patch_size) for v in (torch.full_like(shown, 0.5), shown))
+    return dict(original=x, masked=hidden, reconstruction=filled.clamp(0, 1))
 
 # %% ../../nbs/methods/masked.ipynb #n031
 @patch

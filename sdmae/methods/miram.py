@@ -44,15 +44,18 @@ class MIRAMParams(MAEParams):
 
     @model_validator(mode="after")
     def _scales(self):
-        if not self.scales or self.scales[0] != 1 or sorted(set(self.scales)) != self.scales: raise ValueError(f"scales must rise from 1, got {self.scales}")
+        if not self.scales or self.scales[0] != 1 or sorted(set(self.scales)) != self.scales:
+            raise ValueError(f"scales must rise from 1, got {self.scales}")
         for name in ("patches", "weights"):
-            if len(getattr(self, name)) != len(self.scales): raise ValueError(f"{name} needs one entry for each of scales {self.scales}, got {getattr(self, name)}")
+            if len(given := getattr(self, name)) != len(self.scales):
+                raise ValueError(f"{name} needs one entry for each of scales {self.scales}, got {given}")
         if not any(self.weights): raise ValueError("weights: one at least must be above 0")
         return self
 
     def faults(self, model, image_size, prepared)->list[str]:
         side, native = image_size*max(self.scales), self.target == "native"
-        small = [f"target native reconstructs {side} px, but the prepared images have {prepared}: raise that, lower image_size, or use target: upsampled"]
+        small = [f"target native reconstructs {side} px, but the prepared images have {prepared}: raise that, lower image_size, or use "
+                 f"target: upsampled"]
         return super().faults(model, image_size, prepared) + (small if native and prepared < side else [])
 
 # %% ../../nbs/methods/miram.ipynb #c006
@@ -111,7 +114,8 @@ class MIRAM(MAE):
         super().__init__(params, model, image_size)
         self.grid, n_prefix = image_size//model.patch_size, self.encoder.num_prefix_tokens
         if params.target == "native": self.views = Views(params.views, image_size*params.scales[-1])
-        self.fine_decoders = nn.ModuleList([ScaleDecoder(s, params, self.grid, n_prefix, model.patch_size, model.mlp_ratio) for s in params.scales[1:]])
+        fine = [ScaleDecoder(s, params, self.grid, n_prefix, model.patch_size, model.mlp_ratio) for s in params.scales[1:]]
+        self.fine_decoders = nn.ModuleList(fine)
 
 # %% ../../nbs/methods/miram.ipynb #c019
 def in_order(
@@ -129,8 +133,8 @@ def forward_scales(self:MIRAM,
     patches:list=None # "masked" or "all" for each scale; None: those that the loss counts
 )->dict:            # scale → patches (B, k), the hidden ones last, and their predicted pixels (B, k, p·p·3)
     "Encode once, predict at every scale."
-    both = torch.cat([visible, masked], 1)
-    ids = {s: finer(both if which == "all" else masked, self.grid, s) for s, which in zip(self.params.scales, patches or self.params.patches)}
+    both, counted = torch.cat([visible, masked], 1), zip(self.params.scales, patches or self.params.patches)
+    ids = {s: finer(both if which == "all" else masked, self.grid, s) for s, which in counted}
     encoded = self.encoder.tokens(normalize(x), visible)
     out = {1: (ids[1], self.pixels(self.decoder(encoded, visible, masked, ids[1].shape[1])))}
     if not self.fine_decoders: return out
@@ -175,7 +179,8 @@ def forward(self:MIRAM,
     "One training step's loss. Raises `ValueError` where `target: native` finds tiles too small to hold detail."
     size, side = self.views.image_size, min(images.shape[-2:])
     if side < size > self.encoder.image_size:
-        raise ValueError(f"target: native with scales {self.params.scales} of {self.encoder.image_size} px needs tiles of {size} px, these have {side}: raise data.image_size, or use target: upsampled")
+        raise ValueError(f"target: native with scales {self.params.scales} of {self.encoder.image_size} px needs tiles of {size} px, "
+                         f"these have {side}: raise data.image_size, or use target: upsampled")
     fine = self.views(images)
     x = center_resize(fine, self.encoder.image_size)
     return self.loss_on(x, *self.draw_mask(len(x), x.device), fine)

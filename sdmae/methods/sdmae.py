@@ -34,7 +34,7 @@ class SDMAEParams(MaskedParams):
     pos_embed:Literal["sincos1d","sincos2d"] = "sincos1d"
     mask_ratio:float = Field(0.6, gt=0, lt=1)
     target_norm:Literal["joint","channel","none"] = "channel"
-    target_image:Literal["unit","normalized"] = "unit"  # the target is made from the image in [0, 1] (as released), or from the normalised one, as MAE's
+    target_image:Literal["unit","normalized"] = "unit"  # of the target: in [0, 1] (as released), or normalised, as MAE's
     head:HeadParams = HeadParams()
     views:ViewParams = ViewParams(scale=(0.08, 1.), interpolation="bilinear", hflip=False)
     loss_weight:float = Field(0.2, ge=0, le=1)          # p in L = p·L_sd + (1 − p)·L_mse
@@ -43,13 +43,14 @@ class SDMAEParams(MaskedParams):
     center_momentum:float = Field(0.9, ge=0, lt=1)
     center_on:Literal["probs","logits"] = "probs"       # "probs" as released, "logits" as DINO
     detach_teacher:bool = False                         # False as released; True alone leaves the teacher's head at its random start
-    teacher_momentum:float|None = Field(None, ge=0, lt=1) # of the moving average by which a detached teacher's head follows the student's; DINO: 0.996
+    teacher_momentum:float|None = Field(None, ge=0, lt=1) # by which a detached teacher's head follows the student's; DINO: 0.996
     distill:Literal["mean","token"] = "mean"            # one vector per image (as released) or per visible token
 
     @model_validator(mode="after")
     def _teacher(self):
         if self.teacher_momentum is not None and not self.detach_teacher:
-            raise ValueError(f"teacher_momentum {self.teacher_momentum:g} is for a detached teacher: set detach_teacher: true as well, or teacher_momentum: null")
+            raise ValueError(f"teacher_momentum {self.teacher_momentum:g} is for a detached teacher: "
+                             "set detach_teacher: true as well, or teacher_momentum: null")
         return self
 
 # %% ../../nbs/methods/sdmae.ipynb #c007
@@ -142,7 +143,7 @@ def teacher_statistics(
     probs:Tensor, # (..., K) the teacher's probabilities of a batch
     loss:Tensor   # L_sd of the batch
 )->dict: # teacher_entropy, kl and teacher_information, in nats
-    "What the teacher says: mean entropy of its answers, what the student misses of them, and how far answers differ between images (H of the mean − mean H)."
+    "Mean entropy of the answers, what the student misses of them, how far they differ between images (H of the mean − mean H)."
     nats = lambda p: -(p * p.clamp(min=1e-12).log()).sum(-1)
     entropy = nats(probs).mean()
     return dict(teacher_entropy=entropy, kl=loss - entropy, teacher_information=nats(probs.flatten(0, -2).mean(0)) - entropy)

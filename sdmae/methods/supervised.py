@@ -37,8 +37,10 @@ class Supervised(nn.Module):
         weights:Tensor|None=None # (n_classes,) for `class_weights`
     ):
         super().__init__()
-        if multi and params.label_smoothing: raise ValueError(f"label_smoothing {params.label_smoothing:g}: not for a task of several labels; set it to 0")
-        if params.class_weights != (weights is not None): raise ValueError(f"class_weights: {str(params.class_weights).lower()}, but weights are {weights}")
+        if multi and params.label_smoothing:
+            raise ValueError(f"label_smoothing {params.label_smoothing:g}: not for a task of several labels; set it to 0")
+        if params.class_weights != (weights is not None):
+            raise ValueError(f"class_weights: {str(params.class_weights).lower()}, but weights are {weights}")
         self.params, self.multi = params, multi
         self.views, self.encoder = Views(params.views, image_size), build_encoder(image_size, model, params)
         self.head = nn.Linear(self.encoder.width, n_classes)

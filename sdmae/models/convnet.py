@@ -31,8 +31,9 @@ def check_convolutional(
     "Raises `ValueError` where a network of timm has no feature maps as convolutional ones have."
     reductions = [stage["reduction"] for stage in getattr(net, "feature_info", [])]
     maps = hasattr(net, "forward_intermediates") and getattr(net, "output_fmt", "NCHW") == "NCHW" and len(set(reductions)) > 1
-    if not maps: raise ValueError(f"{name} is a {type(net).__name__}: it is neither a convolutional network nor a plain vision transformer (arch: vit)")
-    if not isinstance(net.pretrained_cfg.get("classifier"), str): raise ValueError(f"{name} is a {type(net).__name__}, whose classifier is no single linear map")
+    what = f"{name} is a {type(net).__name__}"
+    if not maps: raise ValueError(f"{what}: it is neither a convolutional network nor a plain vision transformer (arch: vit)")
+    if not isinstance(net.pretrained_cfg.get("classifier"), str): raise ValueError(f"{what}, whose classifier is no single linear map")
 
 # %% ../../nbs/models/convnet.ipynb #c011
 class ConvEncoder(nn.Module):

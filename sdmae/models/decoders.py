@@ -24,7 +24,8 @@ class DecoderParams(Section):
 
     @model_validator(mode="after")
     def _heads(self):
-        if self.embed_dim % self.num_heads: raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
         return self
 
 # %% ../../nbs/models/decoders.ipynb #c008
@@ -35,7 +36,8 @@ def light_blocks(
     mlp_ratio:float
 )->nn.ModuleList:
     "The blocks of a decoder."
-    return nn.ModuleList([Block(params.embed_dim, params.num_heads, mlp_ratio, qkv_bias=True, norm_layer=layer_norm) for _ in range(params.depth)])
+    block = partial(Block, params.embed_dim, params.num_heads, mlp_ratio, qkv_bias=True, norm_layer=layer_norm)
+    return nn.ModuleList([block() for _ in range(params.depth)])
 
 # %% ../../nbs/models/decoders.ipynb #c010
 def last_tokens(

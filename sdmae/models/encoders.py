@@ -36,6 +36,7 @@ def own_config(
     if encoder.kind == "timm": return dict(kind="timm", model=ModelParams(arch=encoder.arch).model_dump())
     return {k: getattr(encoder, k) for k in ("kind", "image_size", "channels", "bins", "mean", "std")}
 
+# %% ../../nbs/models/encoders.ipynb #n000
 def save_encoder(
     folder:str|Path,   # made where missing
     encoder:nn.Module, # of any kind
@@ -43,9 +44,9 @@ def save_encoder(
 ):
     "Write `encoder.safetensors` (timm's names, no head) and `config.json`, which also says the kind."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    state = {} if encoder.kind == "histogram" else {k: v for k, v in encoder.network.state_dict().items() if not k.startswith(encoder.head_parts)}
-    whole = lambda v: v.detach().cpu().contiguous()
-    save_file({k: whole(v.float() if v.is_floating_point() else v) for k, v in state.items()}, folder/"encoder.safetensors")
+    state = {} if encoder.kind == "histogram" else encoder.network.state_dict()
+    kept = {k: v.float() if v.is_floating_point() else v for k, v in state.items() if not k.startswith(encoder.head_parts)}
+    save_file({k: v.detach().cpu().contiguous() for k, v in kept.items()}, folder/"encoder.safetensors")
     (folder/"config.json").write_text(json.dumps(config | own_config(encoder), indent=1))
 
 # %% ../../nbs/models/encoders.ipynb #c011
@@ -58,7 +59,8 @@ def load_weights(
     own = encoder.network.state_dict()
     new = {k for k in own if k.startswith(encoder.head_parts)}
     missing = sorted(own.keys() - state.keys() - new)
-    shapes = [f"{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} here" for k, v in state.items() if k in own and v.shape != own[k].shape]
+    shapes = [f"{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} here" for k,
+              v in state.items() if k in own and v.shape != own[k].shape]
     unknown = sorted(state.keys() - own.keys() - {"norm.weight", "norm.bias"})
     if missing or shapes or unknown:
         raise ValueError(f"{where} is of another architecture. Missing: {missing[:4]}; unknown: {unknown[:4]}; other shapes: {shapes[:4]}")
@@ -72,9 +74,12 @@ def encoder_folder(
     folder = Path(folder)
     if (folder/"encoder").is_dir(): folder = folder/"encoder"
     for name in ("encoder.safetensors", "config.json"):
-        if not (folder/name).is_file(): raise FileNotFoundError(f"{folder/name} does not exist: run `dvc repro` to make it.")
+        if not (folder/name).is_file():
+            raise FileNotFoundError(f"{folder/name} does not exist: {folder} is no folder of an encoder; run `dvc repro` to make those of "
+                                    f"the runs.")
     return folder
 
+# %% ../../nbs/models/encoders.ipynb #n001
 def configured(
     config:dict, # of an encoder's folder
     **kwargs     # num_classes, pool, drop_path
@@ -87,6 +92,7 @@ def configured(
     if kind == "vit": kwargs = dict(final_norm=config.get("final_norm", True)) | kwargs
     return build_encoder(config["image_size"], ModelParams(**config["model"]), EncoderForm(**config.get("form", {})), **kwargs)
 
+# %% ../../nbs/models/encoders.ipynb #n002
 def load_encoder(
     folder:str|Path,  # as written by `save_encoder`, or the run's folder above it
     device="cpu",

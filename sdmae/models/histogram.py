@@ -18,7 +18,8 @@ def histograms(
     b, c, h, w = x.shape
     place = torch.div(x.flatten(2).long()*bins, 256, rounding_mode="floor") + bins*torch.arange(c, device=x.device)[:, None]
     counts = torch.zeros(b, c*bins, device=x.device)
-    return counts.scatter_add_(1, place.flatten(1), torch.ones_like(place, dtype=counts.dtype).flatten(1)) / (h*w) # exact: counts stay far below 2²⁴
+    return counts.scatter_add_(1, place.flatten(1), torch.ones_like(place,
+                                                                    dtype=counts.dtype).flatten(1)) / (h*w)
 
 # %% ../../nbs/models/histogram.ipynb #c007
 class HistogramEncoder(nn.Module):

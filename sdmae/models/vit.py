@@ -36,7 +36,7 @@ def sincos2d(
     grid:int, # patches a side
     dim:int   # channels, divisible by 4
 )->Tensor:    # (grid², dim) float64
-    "Column in the first half of the channels, row in the second: the table of facebookresearch/mae. Raises `ValueError` if 4 does not divide `dim`."
+    "Column in the first half of the channels, row in the second, as facebookresearch/mae. `ValueError` if 4 does not divide `dim`."
     if dim % 4: raise ValueError(f"2-D positions need a dimension divisible by 4, got {dim}")
     row, col = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     return torch.cat([_half(col, dim//2), _half(row, dim//2)], 1)
@@ -84,8 +84,9 @@ class Encoder(VisionTransformer):
         drop_path:float=0.,
         final_norm:bool=True,           # LayerNorm on the tokens; a fine-tuned encoder has none
     ):
-        super().__init__(img_size=image_size, dynamic_img_size=True, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
-            mlp_ratio=mlp_ratio, class_token=class_token, num_classes=num_classes, global_pool=dict(mean="avg", token="token")[pool] if num_classes else "",
+        super().__init__(img_size=image_size, dynamic_img_size=True, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+            num_heads=num_heads, mlp_ratio=mlp_ratio, class_token=class_token, num_classes=num_classes,
+            global_pool=dict(mean="avg", token="token")[pool] if num_classes else "",
             drop_path_rate=drop_path, final_norm=final_norm, norm_layer=partial(nn.LayerNorm, eps=1e-6), weight_init="skip")
         table = position_table(pos_embed, image_size//patch_size, embed_dim, self.num_prefix_tokens)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
@@ -123,7 +124,7 @@ def positions(self:Encoder,
     grid:tuple[int,int] # patches: rows, columns
 )->Tensor:              # (1, prefix + rows·columns, D)
     "The position table of a grid: bicubic with antialiasing, as timm's `resample_abs_pos_embed`."
-    source, own, key = self.pos_embed, self.patch_embed.grid_size, (*grid, self.pos_embed.device)
+    source, own, key = self.pos_embed, self.patch_embed.grid_size, (*grid, self.pos_embed.device, self.pos_embed.dtype)
     if tuple(grid) == own: return source
     made = self.resampled.get(key)
     if made is None or made[0] is not source or made[1] != source._version:
@@ -206,8 +207,9 @@ def attention_maps(
     encoder:Encoder,
     x:Tensor # (B, 3, H, W) normalised images
 )->Tensor:   # (B, rows, columns), each summing to 1
-    "How much the last block attends to each patch, averaged over heads and queries (class token alone, where there is one). Raises `ValueError` for other encoders."
-    if not has_attention(encoder): raise ValueError(f"a {type(encoder).__name__} has no attention: pictures of it are for vision transformers alone")
+    "How much the last block attends to each patch, averaged over heads and queries (class token alone, where there is one)."
+    if not has_attention(encoder):
+        raise ValueError(f"a {type(encoder).__name__} has no attention: only vision transformers have such pictures")
     *rest, last = encoder.blocks
     t = encoder.embed(x)
     for block in rest: t = block(t)

@@ -33,7 +33,8 @@ class Ignored:
     def __new__(cls, *args): return super().__new__(cls)
     def __setstate__(self, state): pass
 
-BESIDE = ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar") # all that a file may hold beside weights
+BESIDE = ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar",
+          "numpy._core.multiarray.scalar") # all that a file may hold beside weights
 
 # %% ../../nbs/models/weights.ipynb #c006
 def load_pickled(
@@ -46,8 +47,9 @@ def load_pickled(
     except Exception as e: error = e # a damaged file raises whatever comes
     code = re.search(r"GLOBAL (\S+) (?:was not|whose)", str(error))
     if code or "TorchScript" in str(error):
-        raise ValueError(f"{path} is refused: to read it, code would have to run ({code[1] if code else 'TorchScript'}). Where it was made, "
-                         "save the weights alone, `safetensors.torch.save_file(model.state_dict(), \"weights.safetensors\")`, and give that file.")
+        raise ValueError(f"{path} is refused: to read it, code would have to run ({code[1] if code else 'TorchScript'}). Where it was "
+                         f"made, "
+                         "save the weights alone, `safetensors.torch.save_file(model.state_dict(), \"weights.safetensors\")`, and give it.")
     reason = str(error).partition("\n")[0][:120] or "empty"
     raise ValueError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__}: {reason}): fetch it again.")
 
@@ -61,11 +63,13 @@ def weights_in(
     state = {k: v for k, v in raw.items() if isinstance(k, str) and isinstance(v, Tensor)} if isinstance(raw, dict) else {}
     if not state:
         held = ", ".join(map(str, list(raw)[:6])) if isinstance(raw, dict) else f"a {type(raw).__name__}"
-        raise ValueError(f"{where} holds no weights by name, but {held or 'nothing'}. Save the network that is wanted alone: its state_dict().")
+        raise ValueError(f"{where} holds no weights by name, but {held or 'nothing'}. Save the network that is wanted alone: its "
+                         f"state_dict().")
     for prefix in ("module.", "_orig_mod."):
         if all(k.startswith(prefix) for k in state): state = {k.removeprefix(prefix): v for k, v in state.items()}
     bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-    if bad: raise ValueError(f"{where}: {bad[0]} holds values that are not finite, as do {len(bad)-1} other weights: the training had diverged.")
+    if bad:
+        raise ValueError(f"{where}: {bad[0]} is not finite, nor are {len(bad)-1} other weights: the training had diverged.")
     return state
 
 # %% ../../nbs/models/weights.ipynb #c009
@@ -111,7 +115,8 @@ def our_state(weights:dict)->dict: # the release's names → ours
 # %% ../../nbs/models/weights.ipynb #c018
 MAE_NAMES = dict(mask_token="decoder.mask_token", decoder_pos_embed="decoder.pos_embed", decoder_embed="decoder.embed",
                  decoder_blocks="decoder.blocks", decoder_norm="decoder.norm", decoder_pred="pixels",
-                 **{f"highres_decoder_{theirs}": f"fine_decoders.0.{ours}" for theirs, ours in dict(pos_embed="pos_embed", blocks="blocks", norm="norm", pred="pixels").items()})
+                 **{f"highres_decoder_{theirs}": f"fine_decoders.0.{ours}" for theirs,
+                    ours in dict(pos_embed="pos_embed", blocks="blocks", norm="norm", pred="pixels").items()})
 
 def our_mae_name(name:str)->str: # facebookresearch's name → ours
     "Translate the name of a weight of facebookresearch/mae, or of MIRAM's release."
@@ -120,7 +125,7 @@ def our_mae_name(name:str)->str: # facebookresearch's name → ours
 
 # %% ../../nbs/models/weights.ipynb #c021
 SIGNS = {"own": "decoder.embed.weight", "sdmae": "encoder.patch_embed.proj.weight", "sdmae fine-tuned": "blocks.0.attn.q_bias",
-         "miram": "highres_decoder_pred.weight", "mae": "decoder_embed.weight", "timm": "patch_embed.proj.weight"} # layout → a name that only it (or one further down) has
+         "miram": "highres_decoder_pred.weight", "mae": "decoder_embed.weight", "timm": "patch_embed.proj.weight"}
 
 def layout_of(
     state:dict,       # name → tensor
@@ -129,14 +134,16 @@ def layout_of(
     "The layout of a checkpoint. Raises `ValueError` that shows its first names when it is none of those known."
     found = [layout for layout, sign in SIGNS.items() if sign in state]
     if found: return found[0]
-    raise ValueError(f"{where} is of no layout known here: the release of SD-MAE or MIRAM, facebookresearch/mae, or a vision transformer of timm, which has "
-                     f"{SIGNS['timm']}. Its first names are {', '.join(list(state)[:4])}. Models of timm are read by name, too: hf-hub:owner/name.")
+    raise ValueError(f"{where} is of no layout known here: the release of SD-MAE or MIRAM, facebookresearch/mae, or a vision transformer "
+                     f"of timm, which has "
+                     f"{SIGNS['timm']}. It begins with {', '.join(list(state)[:4])}. timm's models are read by name: hf-hub:owner/name.")
 
 # %% ../../nbs/models/weights.ipynb #c023
 PLAIN = r"cls_token|pos_embed|(patch_embed\.proj|norm|blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2))\.(weight|bias)"
-PARTS = {"ls1.": "layer scale", "gamma_": "layer scale", "reg_token": "register tokens", "register_tokens": "register tokens", "dist_token": "distillation token",
+PARTS = {"ls1.": "layer scale", "gamma_": "layer scale", "reg_token": "register tokens", "register_tokens": "register tokens",
+         "dist_token": "distillation token",
          "norm_pre": "norm before the blocks", "q_norm": "normalised queries", "rope": "rotary positions", "freqs": "rotary positions",
-         "relative_position": "relative positions", "mlp.w": "gated MLP", "fc1_g": "gated MLP", "attn_pool": "attention pooling"} # part of a name → what it is
+         "relative_position": "relative positions", "mlp.w": "gated MLP", "fc1_g": "gated MLP", "attn_pool": "attention pooling"}
 
 def encoder_part(
     state:dict,       # as in the file
@@ -145,11 +152,13 @@ def encoder_part(
 )->dict:              # timm's names
     "The encoder's weights. Raises `ValueError` naming those that a plain vision transformer has no place for."
     if layout in ("own", "sdmae"): state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    state = {k: v for k, v in join_biases(state).items() if not k.startswith(("head.", "fc_norm.", "pre_logits.", "decoder_", "highres_decoder_", "mask_token"))}
+    state = {k: v for k, v in join_biases(state).items() if not k.startswith(("head.", "fc_norm.", "pre_logits.", "decoder_",
+                                                                              "highres_decoder_", "mask_token"))}
     odd = sorted({re.sub(r"\.\d+\.", ".*.", k) for k in state if not re.fullmatch(PLAIN, k)})
     if not odd: return state
     what = sorted({name for part, name in PARTS.items() for k in odd if part in k})
-    raise ValueError(f"{where} is no plain vision transformer; this encoder has no place for {', '.join(odd[:6])}{' …' if len(odd) > 6 else ''}"
+    raise ValueError(f"{where} is no plain vision transformer; this encoder has no place for "
+                     f"{', '.join(odd[:6])}{' …' if len(odd) > 6 else ''}"
                      + (f" ({', '.join(what)})" if what else "") + ".")
 
 # %% ../../nbs/models/weights.ipynb #c025
@@ -165,10 +174,12 @@ def shape_of(
     if len(patch) != 4 or patch[1] != 3 or patch[2] != patch[3]:
         raise ValueError(f"{where}: {needed[0]} is {patch}; colour images and square patches need (width, 3, p, p)")
     if fc2 != fc1[::-1]:
-        raise ValueError(f"{where}: {needed[1]} is {fc1} and {needed[2]} {fc2}; a plain MLP has transposed shapes, a gated one is not known here")
+        raise ValueError(f"{where}: {needed[1]} is {fc1} and {needed[2]} {fc2}; a plain MLP has transposed shapes, a gated one is not "
+                         f"known here")
     dim, hidden = patch[0], fc1[0]
     ratio = hidden/dim if int(dim*(hidden/dim)) == hidden else (hidden + 0.5)/dim # timm rounds dim·ratio down
-    return dict(patch_size=patch[-1], embed_dim=dim, depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")), mlp_ratio=ratio)
+    return dict(patch_size=patch[-1], embed_dim=dim, depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+                mlp_ratio=ratio)
 
 # %% ../../nbs/models/weights.ipynb #c027
 def positions_of(
@@ -206,10 +217,13 @@ def fit_positions(
     "Positions for an image size. Raises `ValueError` where neither file nor caller gives a size, or patches do not tile it."
     p, grid, n = sizes["patch_size"], sizes["grid"], int(sizes["class_token"])
     size = image_size or (grid and grid*p)
-    if not size: raise ValueError(f"{where} holds no position table, so the size of its images is not known: give image_size, in px (224, say)")
+    if not size:
+        raise ValueError(f"{where} holds no position table, so the size of its images is not known: give image_size, in px (224, say)")
     if size % p: raise ValueError(f"image_size {size} is not divisible by {p}, the patch size of {where}")
     new = size//p
-    if grid is None: return state | {"pos_embed": position_table("sincos1d", new, sizes["embed_dim"], n)}, size, "1-D sines and cosines, made as SD-MAE does"
+    if grid is None:
+        return state | {"pos_embed": position_table("sincos1d", new, sizes["embed_dim"],
+                                                    n)}, size, "1-D sines and cosines, made as SD-MAE does"
     if new == grid: return state, size, "as in the file"
     table = resample_abs_pos_embed(state["pos_embed"], [new, new], [grid, grid], num_prefix_tokens=n)
     return state | {"pos_embed": table}, size, f"resampled from {grid} × {grid} to {new} × {new}"
@@ -232,11 +246,13 @@ def timm_model(
     "A pre-trained network of timm, without classifier. Raises `ValueError` where there is none of that name, or it is of another kind."
     known, absent = name.removeprefix("timm/"), f"{name} is no file or folder here"
     if "/" in known and ":" not in known:
-        raise ValueError(f"{absent}, and no model of timm has a slash in its name; those of the Hugging Face Hub are named hf-hub:owner/name")
+        raise ValueError(f"{absent}, and no model of timm has a slash in its name; those of the Hugging Face Hub are named "
+                         f"hf-hub:owner/name")
     if known in PACKAGED: return packaged_network(known).eval()
     try:
         with only_weights(): model = timm.create_model(known, pretrained=True, num_classes=0, **kwargs)
-    except Exception as e: raise ValueError(f"{absent}, and timm cannot make it ({type(e).__name__}: {str(e).strip()[:200]})") from e # of timm, the hub or the network
+    except Exception as e:
+        raise ValueError(f"{absent}, and timm cannot make it ({type(e).__name__}: {str(e).strip()[:200]})") from e
     if not isinstance(model, VisionTransformer): check_convolutional(model, name)
     return model.eval()
 
@@ -249,16 +265,20 @@ def from_folder(folder:Path)->dict:
         known = dict(mean=config["mean"], std=config["std"], kind=config.get("kind", "vit"))
         if known["kind"] == "vit": known |= dict(num_heads=config["model"]["num_heads"])
         if known["kind"] == "timm": known |= dict(arch=config["model"]["arch"], image_size=config["image_size"])
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{inside/'config.json'} is no configuration of an encoder ({type(e).__name__}: {e})") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{inside/'config.json'} is no configuration of an encoder ({type(e).__name__}: {e})") from e
     if known["kind"] == "histogram": raise ValueError(f"{folder} holds a colour histogram, which has no weights")
     return dict(from_file(inside/"encoder.safetensors"), name=folder.name, **known)
 
+# %% ../../nbs/models/weights.ipynb #n005
 def told_by(path:Path)->dict:
     "What a file of `export_timm` says of a convolutional network; nothing of other files."
     if path.suffix != ".safetensors": return {}
     with safe_open(path, "pt") as f: notes = f.metadata() or {}
     if notes.get("kind") != "timm": return {}
-    return dict(kind="timm", arch=json.loads(notes["create_model"])["model_name"], **{k: json.loads(notes[k]) for k in ("mean", "std", "image_size")})
+    told = {k: json.loads(notes[k]) for k in ("create_model", "mean", "std", "image_size")}
+    arch = told.pop("create_model")["model_name"]
+    return dict(told, kind="timm", arch=arch)
 
 def from_file(path:Path)->dict:
     "Weights of a file."
@@ -266,10 +286,12 @@ def from_file(path:Path)->dict:
     with open(path, "rb") as f: sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     return dict(told_by(path), state=state, name=path.name, sha256=sha256)
 
+# %% ../../nbs/models/weights.ipynb #n006
 def from_timm(model:nn.Module, name:str)->dict:
     "Weights of timm's network, and what it says of itself."
-    cfg, plain = model.pretrained_cfg, isinstance(model, VisionTransformer)
-    sizes = dict(kind="vit", num_heads=model.blocks[0].attn.num_heads) if plain else dict(kind="timm", arch=cfg["architecture"], image_size=cfg["input_size"][-1])
+    cfg = model.pretrained_cfg
+    if isinstance(model, VisionTransformer): sizes = dict(kind="vit", num_heads=model.blocks[0].attn.num_heads)
+    else: sizes = dict(kind="timm", arch=cfg["architecture"], image_size=cfg["input_size"][-1])
     return dict(state=model.state_dict(), name=name, mean=list(cfg["mean"]), std=list(cfg["std"]), **sizes)
 
 # %% ../../nbs/models/weights.ipynb #c039
@@ -282,7 +304,8 @@ def find_encoder(
     if path.is_dir(): found = from_folder(path)
     elif path.is_file() or path.suffix in (".pth", ".pt", ".bin", ".safetensors"): found = from_file(path)
     else: found = from_timm(model := timm_model(str(source), **kwargs), str(source))
-    found = dict(kind="vit", num_heads=None, mean=None, std=None, sha256=None, image_size=None, layout="timm", sizes={}) | found | dict(source=source)
+    unknown = dict.fromkeys(("num_heads", "mean", "std", "sha256", "image_size"))
+    found = unknown | dict(kind="vit", layout="timm", sizes={}) | found | dict(source=source)
     if found["kind"] == "vit": found |= dict(zip(("layout", "state", "sizes"), encoder_weights(found["state"], source)))
     if model is not None: check_same(make_encoder(found)[0], model, source)
     return found
@@ -298,16 +321,18 @@ def check_same(
     ours, theirs = encoder.eval().network.forward_features(x), model.forward_features(x)
     apart = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     if not apart <= 1e-4:
-        raise ValueError(f"{where} has the weights of this encoder but computes other features ({apart:.1e} of the largest apart): its activation or norm is another")
+        raise ValueError(f"{where} has the weights of this encoder but computes other features ({apart:.1e} of the largest apart): its "
+                         f"activation or norm is another")
 
 # %% ../../nbs/models/weights.ipynb #c043
 def choose_heads(
     found:dict,          # of `find_encoder`
     num_heads:int|None
 )->int:
-    "The number of heads: known, given, or width / 64 as in all common models. Raises `ValueError` where these disagree or do not divide the width."
+    "The number of heads: known, given, or width / 64. Raises `ValueError` where these disagree or do not divide the width."
     dim, known = found["sizes"]["embed_dim"], found["num_heads"]
-    if known and num_heads not in (None, known): raise ValueError(f"{found['source']} has {known} heads, but num_heads is {num_heads}: leave it out")
+    if known and num_heads not in (None, known):
+        raise ValueError(f"{found['source']} has {known} heads, but num_heads is {num_heads}: leave it out")
     if not (known or num_heads) and dim % 64:
         raise ValueError(f"{found['source']} is {dim} wide, no multiple of 64: give num_heads, which weights do not tell")
     n = known or num_heads or dim//64
@@ -323,8 +348,10 @@ def make_convolutional(
     size, model = image_size or found["image_size"], ModelParams(arch=found["arch"])
     encoder = build_encoder(size, model, EncoderForm())
     load_weights(encoder, found["state"], where=found["source"])
-    return encoder, dict(image_size=size, model=model.model_dump(), imported=dict(source=found["name"], sha256=found["sha256"], layout=found["layout"]))
+    made = dict(source=found["name"], **{k: found[k] for k in ("sha256", "layout")})
+    return encoder, dict(image_size=size, model=model.model_dump(), imported=made)
 
+# %% ../../nbs/models/weights.ipynb #n007
 def make_transformer(
     found:dict,             # of `find_encoder`
     image_size:int=None,    # px; that of the weights when None
@@ -342,6 +369,7 @@ def make_transformer(
                 num_heads="known" if found["num_heads"] else "given" if num_heads else "width / 64")
     return encoder, dict(image_size=size, model=model.model_dump(), form=form.model_dump(exclude={"image_size"}), imported=made)
 
+# %% ../../nbs/models/weights.ipynb #n008
 def make_encoder(
     found:dict,             # of `find_encoder`
     image_size:int=None,    # px; that of the weights when None
@@ -384,13 +412,15 @@ def load_method(
     state:dict,       # as `read_checkpoint` gives it
     where:str|Path="" # named in errors
 ):
-    "Load a whole pre-training; nothing but position tables and SD-MAE's centre may be missing. Raises `ValueError` naming what does not fit."
+    "Load a whole pre-training; only position tables and SD-MAE's centre may be missing. `ValueError` naming what does not fit."
     state, own = method_state(state, where), method.state_dict()
     missing = sorted(k for k in own.keys() - state.keys() if not k.endswith("pos_embed") and k != "center")
     unknown = sorted(state.keys() - own.keys())
-    shapes = [f"{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} here" for k, v in state.items() if k in own and v.shape != own[k].shape]
+    shapes = [f"{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} here" for k,
+              v in state.items() if k in own and v.shape != own[k].shape]
     if missing or unknown or shapes:
-        raise ValueError(f"{where} does not fit this {type(method).__name__}. Missing: {missing[:4]}; unknown: {unknown[:4]}; other shapes: {shapes[:4]}")
+        raise ValueError(f"{where} does not fit this {type(method).__name__}. Missing: {missing[:4]}; unknown: {unknown[:4]}; other "
+                         f"shapes: {shapes[:4]}")
     method.load_state_dict(state, strict=False)
 
 # %% ../../nbs/models/weights.ipynb #c054
@@ -404,7 +434,8 @@ def timm_arguments(
     m = config["model"]
     name = f"vit_{SIZES.get((m['embed_dim'], m['depth'], m['num_heads']))}_patch{m['patch_size']}_224"
     args = dict(model_name=name)
-    if not timm.is_model(name): args = dict(model_name="vit_small_patch16_224", **{k: m[k] for k in ("patch_size", "embed_dim", "depth", "num_heads")})
+    if not timm.is_model(name):
+        args = dict(model_name="vit_small_patch16_224", **{k: m[k] for k in ("patch_size", "embed_dim", "depth", "num_heads")})
     if m["mlp_ratio"] != 4: args["mlp_ratio"] = m["mlp_ratio"]
     if config["image_size"] != 224: args["img_size"] = config["image_size"]
     if not class_token: args["class_token"] = False
@@ -423,12 +454,14 @@ def timm_weights(
         if class_token is not None: raise ValueError(f"{where} is a convolutional network, which has no class token: leave class_token out")
         return encoder.network.state_dict(), dict(model_name=encoder.arch, num_classes=0)
     own, state = encoder.cls_token is not None, encoder.state_dict()
-    if own and class_token is False: raise ValueError(f"{where} was trained with a class token, which cannot be taken away: leave class_token out")
+    if own and class_token is False:
+        raise ValueError(f"{where} was trained with a class token, which cannot be taken away: leave class_token out")
     if class_token and not own:
         zero = torch.zeros(1, 1, config["model"]["embed_dim"])
         state |= dict(cls_token=zero, pos_embed=torch.cat([zero, state["pos_embed"]], 1))
     return state, timm_arguments(config, own or bool(class_token))
 
+# %% ../../nbs/models/weights.ipynb #n009
 def export_timm(
     folder:str|Path,       # of an encoder
     out:str|Path,          # .safetensors
@@ -438,7 +471,8 @@ def export_timm(
     (encoder, config), out = load_encoder(folder), Path(out)
     if out.suffix != ".safetensors": raise ValueError(f"{out}: timm tells a file by its ending, which has to be .safetensors")
     state, args = timm_weights(encoder, config, class_token, folder)
-    notes = dict(format="pt", kind=encoder.kind, create_model=json.dumps(args), **{k: json.dumps(config[k]) for k in ("mean", "std", "image_size")})
+    said = dict(create_model=args, **{k: config[k] for k in ("mean", "std", "image_size")})
+    notes = dict(format="pt", kind=encoder.kind, **{k: json.dumps(v) for k, v in said.items()})
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in state.items()}, out, metadata=notes)
     return args | dict(checkpoint_path=str(out))
@@ -454,7 +488,8 @@ def arguments():
     p.add_argument("--num-heads", type=int, help="where the source does not tell; width / 64 by default")
     p.add_argument("--image-size", type=int, help="px; that of the weights by default")
     for name in ("mean", "std"):
-        p.add_argument(f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), help="normalisation in training; ImageNet's where the source tells none")
+        p.add_argument(f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"),
+                       help="normalisation in training; ImageNet's where the source tells none")
     p = sub.add_parser("export", help="an encoder's folder as a file for timm")
     p.add_argument("folder", help="runs/sdmae-0, say")
     p.add_argument("out", help="FILE.safetensors")
@@ -466,8 +501,10 @@ def described(config:dict)->str:
     m, i = config["model"], config["imported"]
     if m["arch"] != "vit": return f"{m['arch']} of timm, images of {config['image_size']} px, mean {config['mean']}, std {config['std']}"
     token = "a" if config["form"]["class_token"] else "no"
-    return (f"{i['layout']} layout, {m['depth']} blocks, {m['embed_dim']} wide, {m['num_heads']} heads ({i['num_heads']}), {token} class token, "
-            f"images of {config['image_size']} px in patches of {m['patch_size']}, positions {i['positions']}, mean {config['mean']}, std {config['std']}")
+    return (f"{i['layout']} layout, {m['depth']} blocks, {m['embed_dim']} wide, {m['num_heads']} heads ({i['num_heads']}), {token} class "
+            f"token, "
+            f"images of {config['image_size']} px in patches of {m['patch_size']}, positions {i['positions']}, "
+             f"mean {config['mean']}, std {config['std']}")
 
 # %% ../../nbs/models/weights.ipynb #c062
 def main(

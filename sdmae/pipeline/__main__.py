@@ -92,10 +92,10 @@ def arguments():
     add("check", "refuse a params.yaml with a fault; strip the notebooks")
     add("plan", "write what each encoder, task and report is made of")
     for name, (stage, names) in STAGES.items(): add(name, stage.__doc__, *names)
-    add("repro", "run the whole pipeline, independent stages side by side").add_argument("--jobs", type=int, default=0,
-                                                                                         help="how many at once; by default as many as cores, at most four")
-    add("run", "run a notebook", "notebook", "out").add_argument("-p", dest="parameters", nargs=2, action="append", default=[],
-                                                                 metavar=("NAME","VALUE"))
+    everything = add("repro", "run the whole pipeline, independent stages side by side")
+    everything.add_argument("--jobs", type=int, default=0, help="how many at once; by default as many as cores, at most four")
+    one = add("run", "run a notebook", "notebook", "out")
+    one.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME","VALUE"))
     add("readme", "write README.md from nbs/index.ipynb")
     add("html", "an executed notebook as a page", "notebook", "out").add_argument("--code", action="store_true")
     return parser

@@ -47,7 +47,8 @@ def run_config(
     return dict(method=e.method, section=section.model_dump(), seed=seed, image_size=P.image_size(name), model=e.model.model_dump(),
                 mean=MEAN, std=STD, form=form,
                 start=e.start, pretrain=p and p.decisive(), data=store.manifest["name"], tiles=store.manifest["sha256"],
-                device=device.type, precision=str(precision or torch.float32), shards=Shards(project_root()/p.shards).sha256 if p and p.shards else None)
+                device=device.type, precision=str(precision or torch.float32),
+                shards=Shards(project_root()/p.shards).sha256 if p and p.shards else None)
 
 # %% ../../nbs/pipeline/pretrain.ipynb #n001
 def made_of(
@@ -106,7 +107,8 @@ def make_trainer(
                    p.accumulate,
                    callbacks=(*callbacks, Watch(p.watch_every,
                                                 feature_watch(store, device, precision))), desc=f"pre-training {name}, seed {seed}",
-                   checkpoint=project_root()/"checkpoints"/f"{name}-{seed}-{fingerprint(config)}.pt", checkpoint_minutes=p.checkpoint_minutes, made_of=made_of(config))
+                   checkpoint=project_root()/"checkpoints"/f"{name}-{seed}-{fingerprint(config)}.pt",
+                   checkpoint_minutes=p.checkpoint_minutes, made_of=made_of(config))
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c012
 def save_run(

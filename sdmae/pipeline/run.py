@@ -30,7 +30,7 @@ def defaults(
     nb:dict,
     name:str="notebook" # named in errors
 )->dict:                # parameter -> value
-    "The parameters of a notebook and their defaults; `None` means: has to be given. Raises `ValueError` without exactly one cell tagged `parameters`."
+    "A notebook's parameters and defaults; `None`: has to be given. `ValueError` without exactly one cell tagged `parameters`."
     tagged = [c for c in nb["cells"] if "parameters" in c.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         raise ValueError(f"{name}: {len(tagged)} cells have the tag `parameters`, exactly one must: add it in JupyterLab (property "
@@ -107,7 +107,7 @@ def why(
 
 # %% ../../nbs/pipeline/run.ipynb #c032
 FASTER = dict( # environment of a kernel on Linux, where the shell sets no other
-    GOMP_SPINCOUNT="3000",                      # a short spin: threads that wait for ever crawl beside another program, threads that sleep at once cost a third
+    GOMP_SPINCOUNT="3000",          # a short spin: waiting for ever crawls beside another program, sleeping at once costs a third
     MALLOC_TRIM_THRESHOLD_=str(2**34),          # bytes: freed memory stays with the process,
     MALLOC_MMAP_THRESHOLD_=str(2**34),          # or each step asks for its pages anew: 5 % of the time for 5 to 10 % more memory
 )

@@ -219,8 +219,10 @@ def case_row(
                                                                                                "calc distribution":"CLUSTERED"}
     return {"patient_id":patient, "breast_density" if finding == "mass" else "breast density":p["density"],
             "left or right breast":"LEFT" if p["left"] else "RIGHT",
-            "image view":view, "abnormality id":1, "abnormality type":"mass" if finding == "mass" else "calcification", **kind, "assessment":4, "pathology":p["pathology"],
-            "subtlety":3, "image file path":f"{name}/000000.dcm", "cropped image file path":f"{name}_1/000000.dcm\n", "ROI mask file path":f"{name}_1/000001.dcm\n"}
+            "image view":view, "abnormality id":1, "abnormality type":"mass" if finding == "mass" else "calcification", **kind,
+            "assessment":4, "pathology":p["pathology"],
+            "subtlety":3, "image file path":f"{name}/000000.dcm", "cropped image file path":f"{name}_1/000000.dcm\n",
+            "ROI mask file path":f"{name}_1/000001.dcm\n"}
 
 # %% ../../nbs/sample/lesions.ipynb #c031
 def image_bytes(

@@ -84,7 +84,7 @@ def all_cases(
     place:Path,             # folder or zip
     findings:list[str]
 )->pd.DataFrame:            # one row a lesion
-    "The case descriptions of the findings, wherever in `place` they lie; `FileNotFoundError` or `ValueError` where one is missing or there twice."
+    "The case descriptions, wherever in `place` they lie; `FileNotFoundError` or `ValueError` where one is missing or there twice."
     names, found = list_files(place, (".csv",)), []
     for finding in findings:
         for split in PARTS:

@@ -31,7 +31,8 @@ class Batches:
         if not len(self.idx): raise ValueError("no tiles to train on: the split is empty")
         self.parts, world = accumulate, rank_and_world()[1]
         if world > 1 and self.batch_size % (world*self.parts):
-            raise ValueError(f"pretrain.batch_size {self.batch_size} is not divisible by {world} processes" + f" times pretrain.accumulate {self.parts}"*(self.parts > 1) + ": change one of them")
+            times = f" times pretrain.accumulate {self.parts}"*(self.parts > 1)
+            raise ValueError(f"pretrain.batch_size {self.batch_size} is not divisible by {world} processes{times}: change one of them")
 
     def __len__(self): return len(self.idx) // self.batch_size
 
@@ -61,7 +62,8 @@ def prefetch(
     if batches.resident:
         for i in numbers: yield batches.batch(epoch, i)
         return
-    gpu = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else None # a new thread begins on the first one
+    # a new thread begins on the first GPU, whichever is the run's
+    gpu = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
     with ThreadPoolExecutor(1, initializer=gpu) as thread:
         todo = (thread.submit(batches.batch, epoch, i) for i in numbers)
         waiting = deque(islice(todo, depth))

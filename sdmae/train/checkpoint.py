@@ -63,8 +63,10 @@ def check_made_of(
 ):
     "Raises `ValueError` naming what differs, and the way out."
     then = state.get("made_of")
-    found = differences(then, made_of) if then else ["it does not say of what"]
-    if found: raise ValueError(f"{path} was made of something else: {'; '.join(found)}. Delete it to start again, or go back to what made it")
+    found = ["it does not say of what"] if then is None else differences(then, made_of)
+    if found:
+        raise ValueError(f"{path} was made of something else: {'; '.join(found)}. "
+                         "Delete it to start again, or go back to what made it")
 
 # %% ../../nbs/train/checkpoint.ipynb #c008
 def remembering(trainer)->list:
@@ -78,12 +80,13 @@ def save_checkpoint(
     "Save a run's state, atomically."
     path.parent.mkdir(parents=True, exist_ok=True)
     state = dict(model=trainer.model.state_dict(), optimizer=trainer.optimizer.state_dict(), rng=rng_state(trainer.device),
-                 made_of=plain(trainer.made_of), step=trainer.step, history=trainer.history, sums=trainer.sums, callbacks=[c.state_dict() for c in remembering(trainer)])
+                 made_of=plain(trainer.made_of), step=trainer.step, history=trainer.history, sums=trainer.sums,
+                 callbacks=[c.state_dict() for c in remembering(trainer)])
     torch.save(state, path.with_suffix(".part"))
     os.replace(path.with_suffix(".part"), path)
 
 def load_checkpoint(path:Path, trainer):
-    "Put a run back to where it was saved. Raises `ValueError` naming the file when it is damaged, of another model or made of something else."
+    "Put a run back to where it was saved. Raises `ValueError` naming a file that is damaged, or of another model, code or version."
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e: raise cannot_resume(path, e) from e
     if trainer.made_of is not None: check_made_of(path, state, trainer.made_of)

@@ -29,7 +29,8 @@ def pick_device(name:str="auto")->torch.device:
     if name == "cuda" and "LOCAL_RANK" in os.environ: name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= seen:
-        raise RuntimeError(f"device: {name} was asked for, but torch sees {f'{seen} of them' if seen else 'no GPU'}; use device: auto, and no more processes than GPUs")
+        found = f"{seen} of them" if seen else "no GPU"
+        raise RuntimeError(f"device: {name} was asked for, but torch sees {found}; use device: auto, and no more processes than GPUs")
     return device
 
 def pick_precision(
@@ -38,7 +39,8 @@ def pick_precision(
 )->torch.dtype|None:    # autocast's type, or None
     "`auto`: bfloat16 on GPUs that have it and on CPUs that multiply it (AMX, AVX-512 BF16)."
     if name != "auto": return torch.bfloat16 if name == "bfloat16" else None
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda": fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else: fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else None
 
 def autocast(device:torch.device, dtype:torch.dtype|None):
@@ -74,7 +76,8 @@ def make_optimizer(
     adam = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam).get(optim.name)
     if adam: return adam(groups, lr=lr, betas=optim.betas, fused=True)
     if optim.name == "sgd": return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, fused=True)
-    parts = [{**g, "params": [p for p in g["params"] if (p.ndim > 1) == matrices], "always_adapt": matrices} for g in groups for matrices in (True, False)]
+    parts = [{**g, "params": [p for p in g["params"] if (p.ndim > 1) == matrices], "always_adapt": matrices}
+             for g in groups for matrices in (True, False)]
     for g in parts: g["weight_decay"] = g.get("weight_decay", 0.) if g["always_adapt"] else 0.
     return Lars([g for g in parts if g["params"]], lr=lr, momentum=optim.momentum)
 
@@ -166,7 +169,8 @@ def log_epoch(self:Trainer, epoch:int, lr:float, images_per_s:float):
     "Close the epoch: means, callbacks' numbers, history. Raises `FloatingPointError` for a loss that is not finite."
     row = {k: float(v)/len(self.batches) for k, v in self.sums.items()}
     if not math.isfinite(row["loss"]):
-        raise FloatingPointError(f"{self.desc}: the loss is {row['loss']} in epoch {epoch+1} at lr {lr:.2g} ({row}); lower base_lr or lengthen warmup")
+        raise FloatingPointError(f"{self.desc}: the loss is {row['loss']} in epoch {epoch+1} at lr {lr:.2g} ({row}); "
+                                 "lower base_lr or lengthen warmup")
     row |= dict(epoch=epoch+1, lr=lr, images_per_s=images_per_s)
     self.sums = {}
     self.history.append(row)
@@ -197,8 +201,9 @@ def fit(self:Trainer)->list[dict]: # one row of numbers an epoch
     self.check_start()
     self.saved = time.monotonic()
     for c in self.watching: c.before_fit(self)
-    done = self.step * self.batches.batch_size
-    with tqdm(total=self.steps*self.batches.batch_size, initial=done, desc=self.desc, unit="img", unit_scale=True, smoothing=0.05, mininterval=1, disable=self.rank > 0) as bar:
+    total, done = (n*self.batches.batch_size for n in (self.steps, self.step))
+    with tqdm(total=total, initial=done, desc=self.desc, unit="img", unit_scale=True, smoothing=0.05, mininterval=1,
+              disable=self.rank > 0) as bar:
         for epoch in range(self.step // len(self.batches), self.epochs): self.train_epoch(epoch, bar)
     for c in self.watching: c.after_fit(self)
     if self.checkpoint and self.rank == 0: self.checkpoint.unlink(missing_ok=True)
@@ -210,7 +215,9 @@ def check_start(self:Trainer):
     if self.world == 1: return
     steps = [None]*self.world
     dist.all_gather_object(steps, self.step)
-    if len(set(steps)) > 1: raise RuntimeError(f"{self.desc}: the processes would go on from steps {steps}. {self.checkpoint} must lie on a disk that all machines share; delete it to start again")
+    if len(set(steps)) > 1:
+        raise RuntimeError(f"{self.desc}: the processes would go on from steps {steps}. {self.checkpoint} must lie on a disk "
+                           "that all machines share; delete it to start again")
 
 @patch
 def maybe_checkpoint(self:Trainer):
