@@ -41,7 +41,8 @@ def leave(
 ):
     "One run: a JSON of its row, and the logits of its predictions in float16."
     folder.mkdir(parents=True, exist_ok=True)
-    made = dict(commit=git_state(project_root()), device=device_name("cpu" if not torch.cuda.is_available() else "cuda"), versions=package_versions())
+    made = dict(commit=git_state(project_root()), device=device_name("cpu" if not torch.cuda.is_available() else "cuda"),
+                versions=package_versions())
     logits = logit(np.clip(probabilities, 1e-7, 1-1e-7)) # probabilities near 1 would be tied
     np.save(folder/f"{run_name(facts)}.npy", logits.astype(np.float16))
     (folder/f"{run_name(facts)}.json").write_text(json.dumps(dict(facts=facts, found=found, made=made), indent=1))
@@ -71,7 +72,8 @@ def probe(
         t = np.searchsorted(T.rows["train"], T.store.subset("train", labels, seed*1000, T.target)) if few else slice(None)
         known = x["train"][t], T.y["train"][t], *((None, None) if few else (x["valid"], T.y["valid"])), len(T.classes)
         patients = T.store.groups(T.rows["train"][t])
-        for protocol, fitted in (("knn", fit_knn(*known, recipe.neighbours, groups=patients)), ("linear", fit_linear(*known, recipe.C, groups=patients))):
+        for protocol, fitted in (("knn", fit_knn(*known, recipe.neighbours, groups=patients)),
+                                 ("linear", fit_linear(*known, recipe.C, groups=patients))):
             p = {s: fitted.predict_proba(x[s]) for s in ("valid", "test")}
             leave(out, facts_of(encoder, protocol, labels, 0, "", seed, T), found_of(T, p), p["test"])
 
@@ -92,7 +94,8 @@ def finetune(
     model, config = load_encoder(weights, device, num_classes=len(T.classes), drop_path=recipe.drop_path, pool=recipe.pool)
     rows = T.store.subset("train", None if labels == "all" else labels, 1000*seed, T.target)
     desc = f"{encoder}, {len(rows)} labels, {steps} steps, decay {layer_decay}"
-    classifier, history = fit_classifier(model, T.store, rows, recipe, seed, precision, mean=config["mean"], std=config["std"], task=T.target,
+    classifier, history = fit_classifier(model, T.store, rows, recipe, seed, precision, mean=config["mean"], std=config["std"],
+                                         task=T.target,
                                          valid=T.rows["valid"], desc=desc)
     p = {s: predict(classifier, T.store, T.rows[s], precision=precision) for s in ("valid", "test")}
     found = found_of(T, p) | dict(steps_run=len(history) * (len(rows)//recipe.batch_size)) # whole epochs
@@ -119,7 +122,8 @@ def collect_runs(
     count = lambda key: pd.Series([json.dumps(o["made"][key]) for o in found]).value_counts().to_dict()
     made = {k: {json.loads(v) if k != "versions" else v: n for v, n in count(k).items()} for k in ("commit", "device", "versions")}
     counts = {s: {str(k): int(n) for k, n in c.items()} for s, c in store.manifest["counts"].items()}
-    (out/"provenance.json").write_text(json.dumps(dict(data=store.manifest["name"], tiles=store.manifest["sha256"], counts=counts, runs=len(rows), **made), indent=1))
+    (out/"provenance.json").write_text(json.dumps(dict(data=store.manifest["name"], tiles=store.manifest["sha256"], counts=counts,
+                                                       runs=len(rows), **made), indent=1))
 
 # %% ../nbs/evidence.ipynb #n001
 CURVES = ("structure_r2", "teacher_entropy", "teacher_information", "kl", "rankme", "valid_knn_balanced_accuracy")
@@ -132,9 +136,12 @@ def collect_curves(
     curves, folders = read_curves(runs), run_folders(runs)
     curves[curves.metric.isin(CURVES)].to_csv(out/"curves.csv", index=False, float_format="%.4g")
     def row(e, s, made, config):
-        return dict(encoder=e, seed=s, epochs=made["last"]["epoch"], batch_size=config["pretrain"]["batch_size"], minutes=round(made["minutes"], 2),
-                    images_per_s=round(made["images_per_s"], 1), precision=config["precision"], notes="; ".join(n.split(":")[0] for n in made["notes"]))
-    rows = [row(e, s, made, json.loads((folders[e, s]/"encoder"/"config.json").read_text())) for (e, s), made in read_made(runs).items() if made["last"]]
+        return dict(encoder=e, seed=s, epochs=made["last"]["epoch"], batch_size=config["pretrain"]["batch_size"],
+                    minutes=round(made["minutes"], 2),
+                    images_per_s=round(made["images_per_s"], 1), precision=config["precision"],
+                    notes="; ".join(n.split(":")[0] for n in made["notes"]))
+    rows = [row(e, s, made, json.loads((folders[e, s]/"encoder"/"config.json").read_text())) for (e, s),
+            made in read_made(runs).items() if made["last"]]
     pd.DataFrame(rows).to_csv(out/"pretraining.csv", index=False)
 
 # %% ../nbs/evidence.ipynb #c012
@@ -157,7 +164,8 @@ def as_predictions(
     for r in rows.itertuples():
         p = expit(arrays[r.run].astype(np.float64))
         if p.shape[1] == 1: p = np.hstack([1-p, p])
-        files.setdefault((r.protocol, r.labels, names(r)), {})[r.seed, 0] = p / p.sum(1, keepdims=True) if np.ndim(arrays[f"targets_{task}"]) == 1 else p
+        one = np.ndim(arrays[f"targets_{task}"]) == 1 # class of each image
+        files.setdefault((r.protocol, r.labels, names(r)), {})[r.seed, 0] = p / p.sum(1, keepdims=True) if one else p
     return Kept(np.arange(len(p)), arrays[f"targets_{task}"], {(*k, s): None for k, v in files.items() for s, _ in v}, files)
 
 class Kept(Predictions):
@@ -166,7 +174,8 @@ class Kept(Predictions):
     def runs(self, protocol, labels, encoder): return self.arrays.get((protocol, str(labels), encoder), {})
 
 # %% ../nbs/evidence.ipynb #n003
-KNOWN = dict(random=dict(name="Random encoder", color="#7f7f7f", marker="X"), histogram=dict(name="Colour histogram", color="#b8b8b8", marker="D"),
+KNOWN = dict(random=dict(name="Random encoder", color="#7f7f7f", marker="X"),
+             histogram=dict(name="Colour histogram", color="#b8b8b8", marker="D"),
              natural=dict(name="Natural-image weights", color="#000000", marker="*"),
              supervised=dict(name="Supervised from scratch", color="#009E73", marker="^"),
              supervised_long=dict(name="Supervised from scratch, longer", color="#005C43", marker="<"),

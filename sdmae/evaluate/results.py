@@ -23,8 +23,9 @@ class Task:
         self.classes, self.multi = store.task(target).classes, store.task(target).multi
         self.rows = {s: store.indices(s, target) for s in ("train", "valid", "test")}
         self.y = {s: store.targets(i, target).cpu().numpy() for s, i in self.rows.items()}
-        self.scorer, self.chosen = (WeightedScores, "balanced_accuracy") if target == "label" else (LabelScores,
-                                                                                                    "macro_auc") # chosen: what `valid` says
+        classes = target == "label" # one answer a tile
+        self.scorer = WeightedScores if classes else LabelScores
+        self.chosen = "balanced_accuracy" if classes else "macro_auc" # the score of `valid`
         self.groups, self.units = bootstrap_units(store.groups(self.rows["test"]))
 
     def score(self, y, p)->dict:

@@ -152,8 +152,8 @@ def encoder_part(
 )->dict:              # timm's names
     "The encoder's weights. Raises `ValueError` naming those that a plain vision transformer has no place for."
     if layout in ("own", "sdmae"): state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    state = {k: v for k, v in join_biases(state).items() if not k.startswith(("head.", "fc_norm.", "pre_logits.", "decoder_",
-                                                                              "highres_decoder_", "mask_token"))}
+    others = ("head.", "fc_norm.", "pre_logits.", "decoder_", "highres_decoder_", "mask_token")
+    state = {k: v for k, v in join_biases(state).items() if not k.startswith(others)}
     odd = sorted({re.sub(r"\.\d+\.", ".*.", k) for k in state if not re.fullmatch(PLAIN, k)})
     if not odd: return state
     what = sorted({name for part, name in PARTS.items() for k in odd if part in k})

@@ -36,8 +36,8 @@ def readme(
     nb = nbformat.read(root/path, as_version=4)
     cells = [dict(c, source=re.sub(r"^#\|.*\n?", "", source(c), flags=re.M)) for c in nb["cells"]
              if not re.search(r"^#\|\s*hide\s*$", source(c), re.M)]
-    text, resources = MarkdownExporter().from_notebook_node(nbformat.from_dict(dict(nb, cells=cells,
-                                                                                    metadata=dict(language_info=dict(name="python")))))
+    shown = nbformat.from_dict(dict(nb, cells=cells, metadata=dict(language_info=dict(name="python"))))
+    text, resources = MarkdownExporter().from_notebook_node(shown)
     if resources.get("outputs"):
         raise ValueError(f"{path} shows pictures as cell outputs: save them under nbs/images/ and refer to them in markdown")
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip()

@@ -126,8 +126,8 @@ def report_names(P:Params, study:str)->dict[str,dict]: # encoder → name, color
         base = flat(P.encoders[e.of].section | dict(model=P.encoders[e.of].model.model_dump())) if variant else {}
         out[name] = dict(name=None if variant else e.name or name, color=e.color if not variant else own.get("color"),
                          marker=e.marker if not variant else own.get("marker"),
-                         of=e.of if variant else None, changes=changes, defaults={k: base.get(k)
-                                                                                  for k in changes}, baseline=e.method in BASELINES)
+                         of=e.of if variant else None, changes=changes, defaults={k: base.get(k) for k in changes},
+                         baseline=e.method in BASELINES)
     return out
 
 BASELINES = ("random", "histogram", "supervised", "imported") # methods that learn nothing from unlabelled tiles
@@ -149,8 +149,8 @@ def difference(
     a, b = flat(old), flat(new)
     changed = [k for k in b if k not in a or a[k] != b[k]] + [k for k in a if k not in b]
     def say(k):
-        return f"code of {k.removeprefix('code.')}" if k.startswith("code.") else k if k in ("store", "weights",
-                                                                                             "shards") else f"{k}: {a.get(k)} → {b.get(k)}"
+        if k.startswith("code."): return f"code of {k.removeprefix('code.')}"
+        return k if k in ("store", "weights", "shards") else f"{k}: {a.get(k)} → {b.get(k)}"
     return "; ".join(map(say, changed[:4])) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
 
 # %% ../../nbs/pipeline/plan.ipynb #n024

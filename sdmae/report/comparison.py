@@ -103,7 +103,8 @@ def attention_figure(
     for e in c.names.plain:
         encoder, config = load_encoder(folders[e, seed])
         if not has_attention(encoder): continue
-        maps[e] = attention_maps(encoder, normalize(center_resize(to_unit(images), encoder.image_size), config["mean"], config["std"])).numpy()
+        maps[e] = attention_maps(encoder, normalize(center_resize(to_unit(images), encoder.image_size), config["mean"],
+                                                    config["std"])).numpy()
     return attention_grid(rgb(images).numpy(), maps, c.data, c.names) if maps else None
 
 # %% ../../nbs/report/comparison.ipynb #n018
@@ -126,7 +127,8 @@ def compared_tasks(
     "The tasks of a comparison that ask for classes or labels. Titles name the task where there are several."
     tasks = [t for t in P.compare[study].tasks if any(getattr(P.tasks[t], p) for p in CLASSIFIED)]
     def title(t): return label_of(stores[P.tasks[t].data]) + f", {t}"*(len(tasks) > 1)
-    return {t: Compared(f"evals/{study}", t, Task(stores[P.tasks[t].data], P.tasks[t].target), names, title(t), P.seeds, P.protocols) for t in tasks}
+    return {t: Compared(f"evals/{study}", t, Task(stores[P.tasks[t].data], P.tasks[t].target), names, title(t), P.seeds, P.protocols)
+            for t in tasks}
 
 # %% ../../nbs/report/comparison.ipynb #n020
 def finetune_text(recipe)->str:
@@ -160,7 +162,8 @@ def budget_of(
     "What was spent on a comparison, in words by topic."
     tasks, enc = {t: P.tasks[t] for t in P.compare[study].tasks}, P.encoders
     images = {d: len(s.indices("train")) for d, s in stores.items()}
-    trained = {names[e]: f"{p.epochs} epochs of {images[enc[e].data]:,} images, batch {p.batch_size}" for e in names if (p := enc[e].pretrain)}
+    trained = {names[e]: f"{p.epochs} epochs of {images[enc[e].data]:,} images, batch {p.batch_size}" for e in names
+               if (p := enc[e].pretrain)}
     tuned = {t: task.finetune for t, task in tasks.items() if task.finetune and "finetune" in P.protocols}
     drawn = {f"{t}, {p}": n for t, task in tasks.items() for p in P.protocols if (n := getattr(getattr(task, p), "subsets", 1)) > 1}
     topics = {"pre-training": shared(trained), "fine-tuning": shared({t: finetune_text(r) for t, r in tuned.items()}),

@@ -75,8 +75,8 @@ def spicules(
     at, length = (np.arange(n) + rng.uniform(-.3, .3, n))*2*np.pi/n, rng.uniform(8, 16, n)
     nearest = abs((np.arange(2048)[:,None]*2*np.pi/2048 - at + np.pi)%(2*np.pi) - np.pi).argmin(1)
     k = nearest[(angle%(2*np.pi)*2048/(2*np.pi)).astype(int)%2048]
-    return np.exp(-(r*np.sin(angle - at[k])/.5)**2)*(np.cos(angle - at[k]) > 0)*sigmoid((r - edge
-                                                                                         + .8)/.3)*np.clip(1 - (r - edge)/length[k], 0, 1)
+    ray = np.exp(-(r*np.sin(angle - at[k])/.5)**2)*(np.cos(angle - at[k]) > 0)
+    return ray*sigmoid((r - edge + .8)/.3)*np.clip(1 - (r - edge)/length[k], 0, 1)
 
 def halo(
     r:np.ndarray, edge:np.ndarray   # (H, W)
@@ -215,8 +215,8 @@ def case_row(
     p:dict              # of `draw_patient`
 )->dict:
     "A row of a case description, in the spelling of its kind: calcifications have a space where masses have an underscore in the density."
-    kind = {"mass_shape":p["shape"], "mass_margins":p["described"]} if finding == "mass" else {"calc type":p["described"],
-                                                                                               "calc distribution":"CLUSTERED"}
+    mass, calc = {"mass_shape":p["shape"], "mass_margins":p["described"]}, {"calc type":p["described"], "calc distribution":"CLUSTERED"}
+    kind = mass if finding == "mass" else calc
     return {"patient_id":patient, "breast_density" if finding == "mass" else "breast density":p["density"],
             "left or right breast":"LEFT" if p["left"] else "RIGHT",
             "image view":view, "abnormality id":1, "abnormality type":"mass" if finding == "mass" else "calcification", **kind,
@@ -256,8 +256,8 @@ def make_lesions(
                         name = f"{FINDINGS[finding]}-{PARTS[split]}_{patient}_{'LEFT' if p['left'] else 'RIGHT'}_{view}"
                         image, mask = make_mammogram(np.random.default_rng([seed,number,v]), finding, p["kinds"], p["shape"], p["density"],
                                                      p["left"])
-                        add(z, f"{split}/images/{name}_FULL.jpg", image_bytes(image)); add(z, f"{split}/masks/{name}_MASK_1.png",
-                                                                                           image_bytes(mask))
+                        add(z, f"{split}/images/{name}_FULL.jpg", image_bytes(image))
+                        add(z, f"{split}/masks/{name}_MASK_1.png", image_bytes(mask))
                         rows.append(case_row(name, patient, finding, view, p))
                 add(z, f"csv/{finding}_case_description_{split}_set.csv", pd.DataFrame(rows).to_csv(index=False))
         z.comment = SYNTHETIC.encode()

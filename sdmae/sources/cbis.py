@@ -328,8 +328,8 @@ def cbis(
     for key,g in rows.groupby("lesion" if chosen.images == "lesion" else "case", sort=False):
         first, labels = g.iloc[0], answers(g)
         image = files[first.case][0]; shown = f"{path.name}/{image}"
-        read = partial(read_view, path, image, shown) if chosen.images == "view" else partial(read_lesion, path, image, shown, files[key],
-                                                                                              first["where"])
+        view = partial(read_view, path, image, shown)
+        read = view if chosen.images == "view" else partial(read_lesion, path, image, shown, files[key], first["where"])
         records.append(Record(shown if chosen.images == "view" else f"{shown}#{first.abnormality_id}", labels["pathology"], first.split,
                               first.patient_id, "", read, labels))
     return Source(data.name, records, pathologies(chosen.findings), is_synthetic(path), notes, publisher=True,
