@@ -60,6 +60,7 @@ def found_of(T:Task, p:dict)->dict:
     "Scores on validation and test of a run's predictions."
     return {f"valid_{k}": v for k, v in T.score(T.y["valid"], p["valid"]).items()} | T.score(T.y["test"], p["test"])
 
+# %% ../nbs/evidence.ipynb #n005
 def probe(
     P, task:str, encoder:str, seeds:list[int], weights:str, out:Path
 ):
@@ -205,6 +206,7 @@ def arguments():
     for o in ("folder", "runs", "out", "tiles"): p.add_argument(o)
     return parser
 
+# %% ../nbs/evidence.ipynb #n006
 def main(argv:list[str]=None)->int:
     "Do one command."
     a = arguments().parse_args(argv)

@@ -50,9 +50,8 @@ class Compared:
 
     def metrics(self)->tuple:
         "All scores that its files hold."
-        if not self.by_label: return METRICS
         each = [f"ap_{j}" for j in np.flatnonzero(self.bears.any(0))]
-        return (*LABEL_METRICS, *each, *(RELEASED if self.asked.multi else ()))
+        return (*LABEL_METRICS, *each, *(RELEASED if self.asked.multi else ())) if self.by_label else METRICS
 
 # %% ../../nbs/report/comparison.ipynb #n007
 def differences(

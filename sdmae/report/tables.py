@@ -129,6 +129,7 @@ def _paired_rows(
         rows.append(facts | dict(metric=m, difference=x, low=low, high=high) | seeds | p | count)
     return rows
 
+# %% ../../nbs/report/tables.ipynb #n045
 def over_seeds(
     differences # (n,) one a seed, the mean over its subsets of labels
 )->dict: # low_seeds, high_seeds, p_seeds, sd, seeds
@@ -153,6 +154,7 @@ def paired_text(
         p.loc[rows, "smallest"] = [smallest_difference(s, n, level=level) for s, n in zip(p.sd[rows], p.seeds[rows])]
     return p[list(lead)].join(paired_words(p))
 
+# %% ../../nbs/report/tables.ipynb #n046
 def paired_words(
     p:pd.DataFrame # paired differences with their verdicts
 )->pd.DataFrame:   # text
