@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 from itertools import combinations
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -14,7 +15,12 @@ from sklearn.isotonic import IsotonicRegression
 
 matplotlib.use("agg")
 from scipy import stats
-from sdmae.evaluate.statistics import METRICS, paired_bootstrap, scores
+from sdmae.evaluate.results import Task, scored
+from sdmae.evaluate.statistics import METRICS, LabelScores, paired_bootstrap, scores
+from sdmae.models.encoders import build_encoder, save_encoder
+from sdmae.models.histogram import HistogramEncoder
+from sdmae.params import EncoderForm, ModelParams
+from sdmae.report import comparison as cp
 from sdmae.report import figures as fg
 from sdmae.report import provenance as pv
 from sdmae.report import reading as rd
@@ -25,6 +31,7 @@ BASELINES = {"random": dict(name="Random init", color="#7f7f7f", marker="X", bas
              "natural": dict(name="Natural-image weights", color="#000000", marker="*", baseline=True), "supervised": dict(name="Supervised", color="#009E73", marker="^", baseline=True)}
 METHODS = {"mae": dict(name="MAE", color="#0072B2", marker="s"), "sdmae": dict(name="SD-MAE", color="#D55E00", marker="o"), "miram": dict(name="MIRAM", color="#882255", marker="v")}
 PLAIN = Names(BASELINES | METHODS)
+TINY_VIT = ModelParams(patch_size=8, embed_dim=16, depth=1, num_heads=2)
 VALUES = dict(accuracy=.9, balanced_accuracy=.8, macro_auc=.95, macro_f1=.7, ece=.05)
 
 
@@ -433,6 +440,53 @@ def test_written_tables_hold_the_further_ones(campaign, tmp_path):
 def test_one_slide_is_said(tmp_path):
     facts = pv.provenance(MANIFEST, {}, [0], tmp_path, "cpu", groups=np.array(["s1"]*5))
     assert "all of one patient or slide" in facts["intervals"]
+
+
+# tasks of a comparison
+
+class MadeStore:
+    "120 lesions that bear none, one or two of four labels; the last label is on no test lesion."
+    split = np.repeat(["train", "valid", "test"], 40)
+    y = np.random.default_rng(0).random((120, 4)) < [.5, .3, .4, .6]
+    y[80:, 3] = False
+    def task(self, target): return SimpleNamespace(classes=["a", "b", "c", "d"], multi=True)
+    def indices(self, split, target): return np.flatnonzero(self.split == split)
+    def targets(self, rows, target): return torch.from_numpy(self.y[rows].astype(np.int64))
+    def groups(self, rows): return np.asarray(rows)//4
+    def batch(self, rows): return torch.full((len(rows), 1, 16, 16), 128, dtype=torch.uint8)
+
+
+@pytest.fixture
+def margins(tmp_path):
+    asked, rng, drawn = Task(MadeStore(), "margins"), np.random.default_rng(1), {}
+    for e, gain in (("random", .1), ("mae", .4)):
+        drawn[e] = np.clip(.3 + gain*asked.y["test"] + .2*rng.normal(size=(40, 4)), .01, .99)
+        entry, kept = scored(asked, [drawn[e]], [{}])
+        folder = write_scores(tmp_path, f"probe-{e}-0", "margins", {"linear": {"all": entry}})
+        np.savez(folder/"predictions.npz", index=asked.rows["test"], targets=asked.y["test"], probabilities_linear_all=kept)
+    return cp.Compared(tmp_path, "margins", asked, PLAIN, "x", [0], ["probe", "finetune"]), drawn
+
+
+def test_a_task_of_several_labels_is_compared_label_by_label(margins):
+    c, drawn = margins
+    assert c.by_label and c.columns[0] == "macro_ap" and (c.bears == c.asked.y["test"]).all()
+    assert {"ap_0", "ap_1", "ap_2", "micro_auc", *cp.RELEASED} <= set(c.scores.metric) and "ap_3" not in set(c.scores.metric), "a label that no test lesion bears has no score"
+    table = cp.differences(c, [("mae", "random")], 30).set_index("metric")
+    want = paired_bootstrap(c.asked.y["test"], drawn["mae"], drawn["random"], c.asked.groups, 30, scorer=LabelScores)
+    assert tuple(table.loc["macro_ap", ["difference","low","high"]]) == pytest.approx(want["macro_ap"]) and set(table.task) == {"margins"} and set(table.pair) == {"MAE − Random init"}
+    assert cp.differences(c, [("sdmae", "mae")], 30).empty
+
+
+def test_encoders_without_attention_are_left_out(margins, tmp_path):
+    c = margins[0]
+    c.names = Names({"histogram": {}, "mae": {}})
+    for e, encoder, config in (("histogram", HistogramEncoder(16, 1), dict(kind="histogram", image_size=16, channels=1, bins=16)),
+                               ("mae", build_encoder(16, TINY_VIT, EncoderForm()), dict(kind="vit", image_size=16, model=TINY_VIT.model_dump(), form=EncoderForm().model_dump()))):
+        save_encoder(tmp_path/"runs"/f"{e}-0"/"encoder", encoder, dict(mean=[0.]*3, std=[1.]*3) | config)
+    shown = cp.attention_figure(c, tmp_path/"runs", 0, n=3)
+    assert [ax.get_ylabel() for ax in shown.axes if ax.get_ylabel()] == ["tile", "mae"]
+    c.names = Names({"histogram": {}})
+    assert cp.attention_figure(c, tmp_path/"runs", 0) is None and cp.tsne_figure(c, "histogram", 0) is None
 
 
 # figures
