@@ -43,6 +43,7 @@ def segment_encoder(
 # %% ../../nbs/evaluate/segment.ipynb #c008
 STRIDES = (4, 8, 16, 32)
 
+# %% ../../nbs/evaluate/segment.ipynb #s004
 def lift(
     dim:int,    # channels
     patch:int,  # stride of the map, px
@@ -148,6 +149,7 @@ def maps(self:Segmenter,
     "Maps of the chosen blocks, at the decoder's strides."
     return [f(m) for f, m in zip(self.lifts, self.encoder.maps(normalize(x, self.mean, self.std), self.blocks))]
 
+# %% ../../nbs/evaluate/segment.ipynb #s002
 @patch
 def logits(self:Segmenter,
     x:Tensor # (B, 3, S, S) in [0, 1]
@@ -155,6 +157,7 @@ def logits(self:Segmenter,
     "The prediction for a window."
     return enlarge(self.head(self.decoder([x, x, *self.maps(x)])), x)
 
+# %% ../../nbs/evaluate/segment.ipynb #s003
 def enlarge(y:Tensor, x:Tensor)->Tensor: # (B, classes, S, S) float32
     "Logits at the size of the image."
     return F.interpolate(y.float(), size=x.shape[-2:], mode="bilinear", align_corners=False)
@@ -215,6 +218,7 @@ def chosen(self:Windows,
     orders = {p//n: np.random.default_rng((self.seed, 0, p//n)).permutation(n) for p in places}
     return [int(orders[p//n][p % n]) for p in places]
 
+# %% ../../nbs/evaluate/segment.ipynb #s000
 @patch
 def batch(self:Windows, epoch:int, i:int)->tuple[Tensor,Tensor]: # (B, 3, size, size) uint8, (B, size, size)
     "One batch of windows, each from a random corner."
@@ -311,6 +315,7 @@ def pixel_cells(
         raise ValueError(f"truth is {truth.shape}, prediction {predicted.shape}: they are of different images")
     return np.bincount((2*(truth > 0) + (predicted > 0)).ravel(), minlength=4).reshape(2, 2)
 
+# %% ../../nbs/evaluate/segment.ipynb #s001
 def overlaps(
     cells:np.ndarray # (..., 2, 2) pixels
 )->dict:             # score -> (...)

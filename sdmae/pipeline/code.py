@@ -93,6 +93,7 @@ def loaded(
             queue |= seen[file]
     return sorted(str(f.relative_to(root)) for f, found in seen.items() if found or f.name != "__init__.py")
 
+# %% ../../nbs/pipeline/code.ipynb #s000
 def imports_of(
     path:str|Path,    # notebook
     root:Path=None    # project, by default that of the working directory
@@ -115,9 +116,11 @@ def computes(
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
+# %% ../../nbs/pipeline/code.ipynb #s001
 @lru_cache(maxsize=None)
 def _hash_of_code(path, changed): return hashlib.sha256(computes(Path(path).read_text(encoding="utf8")).encode()).hexdigest()
 
+# %% ../../nbs/pipeline/code.ipynb #s002
 def code_hashes(
     files:list[str], # as from `loaded`, from the root
     root:Path        # project

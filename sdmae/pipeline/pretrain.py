@@ -95,6 +95,7 @@ def make_batches(
     target = method_params(P, name).target if getattr(model, "labelled", False) else None
     return Batches(store, store.indices("train", target or "label"), p.batch_size, seed, target, p.accumulate)
 
+# %% ../../nbs/pipeline/pretrain.ipynb #s000
 def make_trainer(
     P:Params, name:str, seed:int,
     model, store:TileStore, config:dict,
@@ -138,6 +139,7 @@ def build(
     if start := P.encoders[name].start: start_from(model.encoder, start, f"encoder.{name}.start")
     return model
 
+# %% ../../nbs/pipeline/pretrain.ipynb #s001
 def answers(store:TileStore, section)->dict:
     "What a labelled method has to know of its labels."
     asked, rows = store.task(section.target), store.indices("train", section.target)
