@@ -250,7 +250,7 @@ def fit_segmenter(
     seed:int=0,             # of heads, windows and views
     precision:torch.dtype|None=None,
     mean=MEAN, std=STD,     # 3 floats each, as in pre-training
-    callbacks:tuple=(), checkpoint=None,
+    callbacks:tuple=(), checkpoint=None, made_of=None, # as of `Trainer`
     desc:str="segmentation"
 )->tuple[Segmenter,list[dict]]: # in evaluation mode; one row of numbers a stretch of steps
     "Train on these images alone, for `params.steps` steps; the last step counts."
@@ -259,7 +259,7 @@ def fit_segmenter(
     segmenter = Segmenter(encoder, params, mean, std).to(device)
     windows = Windows(images, masks, params.image_size, params.batch_size, params.steps, seed, device)
     trainer = Trainer(segmenter, windows, params.optim, windows.epochs, device, precision, groups=segment_groups(segmenter, params),
-                      callbacks=callbacks, checkpoint=checkpoint, desc=desc)
+                      callbacks=callbacks, checkpoint=checkpoint, made_of=made_of, desc=desc)
     history = trainer.fit()
     return segmenter.eval(), history
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_notebook', 'source', 'write_notebook', 'stripped', 'imported', 'modules_of', 'loaded', 'imports_of', 'computes',
-           'code_hashes']
+           'code_hashes', 'code_of']
 
 # %% ../../nbs/pipeline/code.ipynb #n002
 import ast, hashlib, json
@@ -127,3 +127,11 @@ def code_hashes(
 )->dict[str,str]:    # file → hash
     "A hash of what each module computes."
     return {f: _hash_of_code(str(Path(root)/f), (Path(root)/f).stat().st_mtime_ns) for f in files}
+
+# %% ../../nbs/pipeline/code.ipynb #n009
+def code_of(
+    *modules:str   # dotted names
+)->dict[str,str]:  # file → hash
+    "Hashes of some modules and of all that they import."
+    root = project_root()
+    return code_hashes(loaded(set(modules), root), root)
