@@ -29,10 +29,12 @@ from .report.reading import Predictions, read_curves, read_made, run_folders
 # %% ../nbs/evidence.ipynb #c005
 FACTS = ("encoder", "protocol", "labels", "steps", "layer_decay", "seed", "task")
 
+# %% ../nbs/evidence.ipynb #s006
 def run_name(facts:dict)->str:
     "The facts of a run as one word."
     return "-".join(str(facts[k]) for k in FACTS)
 
+# %% ../nbs/evidence.ipynb #s007
 def leave(
     folder:Path,
     facts:dict,             # all of FACTS
@@ -56,11 +58,12 @@ def ready(
     asked = Task(TileStore(project_root()/store_of(P.tasks[task].data)).to(device), P.tasks[task].target)
     return asked, device, pick_precision(P.precision, device)
 
+# %% ../nbs/evidence.ipynb #s001
 def found_of(T:Task, p:dict)->dict:
     "Scores on validation and test of a run's predictions."
     return {f"valid_{k}": v for k, v in T.score(T.y["valid"], p["valid"]).items()} | T.score(T.y["test"], p["test"])
 
-# %% ../nbs/evidence.ipynb #n005
+# %% ../nbs/evidence.ipynb #s002
 def probe(
     P, task:str, encoder:str, seeds:list[int], weights:str, out:Path
 ):
@@ -78,6 +81,7 @@ def probe(
             p = {s: fitted.predict_proba(x[s]) for s in ("valid", "test")}
             leave(out, facts_of(encoder, protocol, labels, 0, "", seed, T), found_of(T, p), p["test"])
 
+# %% ../nbs/evidence.ipynb #s003
 def facts_of(encoder, protocol, labels, steps, layer_decay, seed, T)->dict:
     "What a run is named by."
     return dict(encoder=encoder, protocol=protocol, labels=str(labels), steps=steps, layer_decay=layer_decay, seed=seed, task=T.target)
@@ -129,6 +133,7 @@ def collect_runs(
 # %% ../nbs/evidence.ipynb #n001
 CURVES = ("structure_r2", "teacher_entropy", "teacher_information", "kl", "rankme", "valid_knn_balanced_accuracy")
 
+# %% ../nbs/evidence.ipynb #s008
 def collect_curves(
     runs:Path, # of a study, `<encoder>-<seed>` each
     out:Path   # folder of the study's evidence
@@ -155,6 +160,7 @@ def read_runs(
     with np.load(folder/"predictions.npz") as z: arrays = {k: z[k] for k in z.files}
     return rows, arrays, json.loads((folder/"provenance.json").read_text())
 
+# %% ../nbs/evidence.ipynb #s004
 def as_predictions(
     rows:pd.DataFrame, # of runs, as from `read_runs`, all of one task
     arrays:dict,
@@ -169,6 +175,7 @@ def as_predictions(
         files.setdefault((r.protocol, r.labels, names(r)), {})[r.seed, 0] = p / p.sum(1, keepdims=True) if one else p
     return Kept(np.arange(len(p)), arrays[f"targets_{task}"], {(*k, s): None for k, v in files.items() for s, _ in v}, files)
 
+# %% ../nbs/evidence.ipynb #s005
 class Kept(Predictions):
     "Predictions in memory."
     def __init__(self, index, targets, files, arrays): super().__init__(index, targets, files); self.arrays = arrays
@@ -206,7 +213,7 @@ def arguments():
     for o in ("folder", "runs", "out", "tiles"): p.add_argument(o)
     return parser
 
-# %% ../nbs/evidence.ipynb #n006
+# %% ../nbs/evidence.ipynb #s000
 def main(argv:list[str]=None)->int:
     "Do one command."
     a = arguments().parse_args(argv)

@@ -174,6 +174,7 @@ def merged(
     both = {k: merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in changes.items()}
     return {**base, **both}
 
+# %% ../nbs/params.ipynb #s004
 def flat(
     nested:dict,
     prefix:str=""
@@ -315,6 +316,7 @@ class EncoderParams(Section):
     of:str|None = None                      # the encoder it differs from
     section:dict = {}                       # the method's own parameters, not yet typed
 
+# %% ../nbs/params.ipynb #s002
 class CompareParams(Section):
     "Encoders × tasks: a report."
     title:str
@@ -363,6 +365,7 @@ def typed(
     try: return cls.model_validate(values)
     except ValidationError as e: raise ValueError("\n".join(explain(e, where))) from None
 
+# %% ../nbs/params.ipynb #s005
 def with_views(
     views:dict, # named sets
     values:dict # a section
@@ -389,6 +392,7 @@ def model_of(
     other = changes.get("arch", base.arch) != base.arch
     return changes if other else base.model_dump() | changes
 
+# %% ../nbs/params.ipynb #s003
 def encoder_of(P:Params, name:str)->EncoderParams:
     "An encoder with its model, budget and views. Raises `ValueError` naming what does not fit."
     values = resolved("encoder", P.encoder, name)
@@ -413,11 +417,13 @@ def faults_of(P:Params)->list[str]:
                               f"{', '.join(P.data)}")
     return faults + [fault for study in P.compare for fault in faults_of_comparison(P, study)]
 
+# %% ../nbs/params.ipynb #s000
 def lists_of(P:Params)->dict[str,list]:
     "The lists of names by their path."
     own = {f"compare.{s}.{k}": getattr(c, k) for s, c in P.compare.items() for k in ("encoders", "tasks")}
     return own | {k: getattr(P, k) for k in ("reports", "protocols", "seeds")}
 
+# %% ../nbs/params.ipynb #s001
 def faults_of_comparison(P:Params, study:str)->list[str]:
     "What a comparison names and the file lacks."
     c, known = P.compare[study], dict(encoders=P.encoder, tasks=P.task)

@@ -79,6 +79,7 @@ def mask_ids(mask:Tensor)->tuple[Tensor,Tensor]: # (B, N) bool, True = masked â†
     n = int(mask[0].sum())
     return (~mask).nonzero()[:, 1].reshape(len(mask), -1), mask.nonzero()[:, 1].reshape(len(mask), n)
 
+# %% ../nbs/reference.ipynb #s000
 def run_sdmae(method:SDMAE, images:Tensor, mask:Tensor)->dict:
     "All outputs of one step; the gradient of the loss is left in the parameters, the centre moves."
     x, (visible, masked) = to_unit(images, torch.float64), mask_ids(mask)
@@ -103,6 +104,7 @@ def run_miram(method:MIRAM, images:Tensor, noise:Tensor)->dict:
 METHODS = dict(loss_weight=(build_sdmae, run_sdmae, our_name, "in/mask"),
                scales=(build_miram, run_miram, our_mae_name, "in/noise")) # a key of meta that only this method's files have
 
+# %% ../nbs/reference.ipynb #s001
 def gradient(
     method:MaskedAutoencoder,
     translate, # the release's name â†’ ours

@@ -1,4 +1,5 @@
 "Faults in params.yaml are told by name before anything runs, and conf/ holds what it says."
+import json, re, shlex
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,33 @@ def test_a_faulty_variant_is_named(variant, words):
 def test_segmentation_that_cannot_be_is_named(change, words):
     values = compose(["experiment=nuclei"]); values["segment"]["upernet"] |= change
     assert words in faults(values)
+
+
+# What README and guides say to type
+
+PAGES = ("README.md", "nbs/guides/own.ipynb", "nbs/guides/cluster.ipynb")
+
+
+def commands():
+    "Every `dvc exp run` of the pages, a part of a line each."
+    for page in PAGES:
+        text = (CONF.parent/page).read_text()
+        if page.endswith(".ipynb"): text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"])
+        for line in re.findall(r"dvc exp run[^`#|\n]*", text.replace("\\\n", " ")):
+            yield shlex.split(line.split(";")[0].replace("$p", "0.1"))
+
+
+SAID = sorted({tuple(b for a, b in zip(c, c[1:]) if a == "-S") for c in commands()} - {()})
+
+
+@pytest.mark.parametrize("overrides", SAID, ids=" ".join)
+def test_what_the_pages_say_can_be_typed(overrides):
+    "Composed and checked; only archives, weights and a method of one's own are not there."
+    if any("toy" in o for o in overrides): pytest.skip("a test of the pipeline follows this recipe")
+    fine(list(overrides))
+
+
+def test_the_pages_say_something(): assert len(SAID) > 20
 
 
 # Recipes of the releases, to the digit

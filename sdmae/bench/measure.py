@@ -47,6 +47,7 @@ def wait(device:torch.device):
     "Until the device has done what it was given."
     if device.type == "cuda": torch.cuda.synchronize(device)
 
+# %% ../../nbs/bench/measure.ipynb #s002
 class Entry:
     "A contestant in one configuration, ready to step."
     def __init__(self,
@@ -120,6 +121,7 @@ def race(
         for e in (entries[i] for i in rng.permutation(len(entries))): e.seconds.append(sum(e.step(x) for _ in range(steps))/steps)
     return [spread([len(x)/s for s in e.seconds]) for e in entries]
 
+# %% ../../nbs/bench/measure.ipynb #s006
 def spread(values:list)->dict:
     "Median and quartiles."
     low, mid, high = np.quantile(values, (.25, .5, .75))
@@ -142,6 +144,7 @@ def ceiling(
         if i > 1: best = min(best, time.perf_counter() - start)
     return 2*n**3/best
 
+# %% ../../nbs/bench/measure.ipynb #s003
 def count(
     model:nn.Module,
     x:Tensor # (B, ...)
@@ -182,6 +185,7 @@ def data_path(
         wait(store.device); seconds.append(time.perf_counter() - start)
     return spread([batches.batch_size/s for s in seconds[1:]])
 
+# %% ../../nbs/bench/measure.ipynb #s000
 class Beside(Callback):
     "After each epoch, as many bare model steps as it had: images a second, and the epoch's share of them."
     def __init__(self, entry:Entry, x:Tensor): self.entry, self.x = entry, x # (B, 3, S, S) in [0, 1]
@@ -190,6 +194,7 @@ class Beside(Callback):
         step = n*len(self.x)/sum(self.entry.step(self.x) for _ in range(n))
         return dict(step=step, share=trainer.history[-1]["images_per_s"]/step)
 
+# %% ../../nbs/bench/measure.ipynb #s001
 def end_to_end(
     name:str, params:Params,
     store:TileStore,    # on its device
@@ -223,6 +228,7 @@ def compare(
     top = {c: ceiling(device, PRECISIONS[c] or torch.float32) for c in configurations}
     return [complete(dict(setting=name, batch=batch) | row, next(speeds) if e else {}, work, top) for e, row in entered]
 
+# %% ../../nbs/bench/measure.ipynb #s004
 def complete(row:dict, speed:dict, work:dict, top:dict)->dict:
     "A row with its speed and utilisation; None where there is none."
     empty = dict.fromkeys(("images_per_s", "low", "high", "mfu", "flops", "compile_seconds", "memory_bytes", "why"))
@@ -238,6 +244,7 @@ def machine(device:torch.device)->dict:
     return dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, threads=torch.get_num_threads(),
                 torch=torch.__version__)
 
+# %% ../../nbs/bench/measure.ipynb #s005
 def ahead(rows:list[dict])->list[dict]: # setting, method, ours, times_fastest_peer, times_shipped: peer → ratio
     "Our methods beside their peers."
     done, out = [r for r in rows if r["images_per_s"]], []

@@ -45,6 +45,7 @@ class PlainAttention(nn.Module):
         weights = (q * q.shape[-1]**-0.5 @ k.transpose(-2, -1)).softmax(-1)
         return self.proj((weights @ v).transpose(1, 2).reshape(B, N, D))
 
+# %% ../../nbs/bench/peers.ipynb #s000
 def plain_blocks(blocks)->nn.Sequential:
     "Copies of timm's blocks with attention spelled out."
     new = nn.Sequential(*copy.deepcopy(blocks))
@@ -88,6 +89,7 @@ def picked(x:Tensor, mask:Tensor)->Tensor: # (B, N, C) and (B, N) bool → (B, n
     "Rows by a boolean mask, as many in each image."
     return x[mask].reshape(len(x), -1, x.shape[-1])
 
+# %% ../../nbs/bench/peers.ipynb #s001
 def whole_target(
     x:Tensor,      # (B, 3, S, S) normalised
     mask:Tensor,   # (B, N) True: hidden

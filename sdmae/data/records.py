@@ -81,6 +81,7 @@ def open_file(
     "A file of a folder or zip, open for reading."
     return (place/name).open("rb") if place.is_dir() else _zip(place).open(name)
 
+# %% ../../nbs/data/records.ipynb #s000
 def read_bytes(
     place:Path, # folder or zip
     name:str,   # inside
@@ -92,6 +93,7 @@ def read_bytes(
     except (zipfile.BadZipFile, EOFError, zipfile.zlib.error) as e:
         raise ValueError(f"{path}: damaged inside the archive ({e}). Get {place.name} again.") from e
 
+# %% ../../nbs/data/records.ipynb #s001
 def read_image(
     place:Path, name:str, path:str, mode:str="RGB" # as `read_bytes` and `decode`
 )->np.ndarray: # (H, W, 3) or (H, W) uint8

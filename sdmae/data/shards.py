@@ -26,6 +26,7 @@ from .store import TileStore, fit, send, sha256, swap
 # %% ../../nbs/data/shards.ipynb #c005
 IMAGES = (".jpg", ".jpeg", ".png")
 
+# %% ../../nbs/data/shards.ipynb #s006
 def members(
     tar:Path
 )->list[tuple[str,int,int]]: # name, first byte, bytes
@@ -99,6 +100,7 @@ def encoded(
     image.save(out, "JPEG" if format == "jpg" else "PNG", **(dict(quality=quality) if format == "jpg" else {}))
     return out.getvalue()
 
+# %% ../../nbs/data/shards.ipynb #s003
 def rows_of(source, split:str)->np.ndarray:
     "The rows or places of a split in a store or a list of records; `ValueError` where there are none."
     found = np.flatnonzero([s == split for s in source.table.split] if isinstance(source, TileStore)
@@ -106,6 +108,7 @@ def rows_of(source, split:str)->np.ndarray:
     if not len(found): raise ValueError(f"no tile of the split {split!r} to write")
     return found
 
+# %% ../../nbs/data/shards.ipynb #s004
 def look(source, i:int)->tuple[np.ndarray,str,str]: # tile, path, label
     "One tile of a store or a list of records."
     if isinstance(source, TileStore): return source.tiles[i], source.table.path[i], source.table.label[i]
@@ -158,6 +161,7 @@ def read(self:Shards,
                 n += 1
     return out, starts
 
+# %% ../../nbs/data/shards.ipynb #s002
 @patch
 def name(self:Shards, row:int)->str:
     "Shard and key of a row, for errors."
@@ -230,6 +234,7 @@ def groups(self:ShardBatches, epoch:int)->list[list[tuple[int,int]]]:
             if a < z: out.append([]); room = self.buffer
     return out
 
+# %% ../../nbs/data/shards.ipynb #s005
 @patch
 def plan(self:ShardBatches, epoch:int)->tuple[list,list]: # groups, and how many images there are up to the end of each
     "The groups of an epoch, worked out once."
@@ -251,6 +256,7 @@ def places(self:ShardBatches, epoch:int, i:int)->list[tuple[int,np.ndarray]]: # 
         out.append((g, order[max(low-start, 0):high-start]))
     return out
 
+# %% ../../nbs/data/shards.ipynb #s007
 @patch
 def rows(self:ShardBatches, epoch:int, i:int)->np.ndarray: # this process's part of batch i
     "The rows of one batch."
@@ -285,6 +291,7 @@ def decode(self:ShardBatches,
     tiles = self.decoders.map(lambda f, row: self.shards.tile(f, row, size), files, rows)
     return send(torch.from_numpy(np.stack(list(tiles))), self.device).permute(0, 3, 1, 2).contiguous()
 
+# %% ../../nbs/data/shards.ipynb #s000
 @patch
 def batch(self:ShardBatches, epoch:int, i:int)->tuple[Tensor]: # (B, 3, S, S) uint8 on the device
     "One batch. `ValueError` naming shard and key where an image cannot be decoded."
@@ -316,6 +323,7 @@ def arguments()->argparse.ArgumentParser:
     p.add_argument("folder", help="with .tar files in it, at any depth")
     return parser
 
+# %% ../../nbs/data/shards.ipynb #s001
 def main(
     argv:list[str]=None # by default the command line
 )->int:                 # exit code

@@ -21,6 +21,7 @@ def seed_interval(
     half = student.ppf((1+level)/2, len(d)-1) * d.std(ddof=1) / np.sqrt(len(d))
     return float(d.mean() - half), float(d.mean() + half)
 
+# %% ../../nbs/evaluate/comparison.ipynb #s000
 def seed_p(
     differences # (n,) one a seed
 )->float:       # nan for a single seed
@@ -59,6 +60,7 @@ def holm(
 # %% ../../nbs/evaluate/comparison.ipynb #c014
 def _tile_se(low, high): return (high - low) / (2*norm.ppf(.975))
 
+# %% ../../nbs/evaluate/comparison.ipynb #s001
 def tile_p(
     difference:float, low:float, high:float # and its 95 % bootstrap interval
 )->float:
@@ -66,6 +68,7 @@ def tile_p(
     se = _tile_se(low, high)
     return float(2*norm.sf(abs(difference)/se)) if se > 0 else float(difference == 0)
 
+# %% ../../nbs/evaluate/comparison.ipynb #s002
 def total_p(
     difference:float, low:float, high:float, # over tiles
     sd:float, n:int                          # of the differences over seeds

@@ -161,7 +161,7 @@ def fit_classifier(
     params:FinetuneParams,
     seed:int=0,             # of batches and views
     precision:torch.dtype|None=None,
-    callbacks:tuple=(), checkpoint=None,
+    callbacks:tuple=(), checkpoint=None, made_of=None, # as of `Trainer`
     desc:str="fine-tuning",
     mean=MEAN, std=STD,     # 3 floats each, as in pre-training
     task:str="label",       # of the store
@@ -177,6 +177,6 @@ def fit_classifier(
     batches = Batches(store, idx, params.batch_size, seed, targets=task)
     epochs = max(params.epochs, math.ceil(params.min_steps / len(batches)))
     trainer = Trainer(classifier, batches, params.optim, epochs, device, precision, params.accumulate, decay_groups(classifier, params),
-                      callbacks=callbacks, checkpoint=checkpoint, desc=desc)
+                      callbacks=callbacks, checkpoint=checkpoint, made_of=made_of, desc=desc)
     history = trainer.fit()
     return classifier.eval(), history

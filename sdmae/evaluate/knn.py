@@ -100,6 +100,7 @@ def held_out_probabilities(
     parts = [predict(x[train], y[train], x[held]) for train, held in splits]
     return np.concatenate([y[held] for _, held in splits]), [np.concatenate(p) for p in zip(*parts)]
 
+# %% ../../nbs/evaluate/knn.ipynb #s000
 def held_out_scores(
     x, y,    # (m, D), and (m,) or (m, C): the labelled tiles
     predict, # as above; several labels come to it one by one, as classes 0 and 1

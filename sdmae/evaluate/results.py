@@ -56,6 +56,7 @@ def save_scores(
     Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out)/"scores.json").write_text(json.dumps(facts | dict(results=results), indent=1))
 
+# %% ../../nbs/evaluate/results.ipynb #s000
 def scores_table(results:dict)->pd.DataFrame:
     "The same as a table, a row a draw."
     lines = [dict(protocol=p, labels=l, draw=k) | {m: s for m, s in e.items() if m != "intervals"}

@@ -43,6 +43,7 @@ def segment_encoder(
 # %% ../../nbs/evaluate/segment.ipynb #c008
 STRIDES = (4, 8, 16, 32)
 
+# %% ../../nbs/evaluate/segment.ipynb #s004
 def lift(
     dim:int,    # channels
     patch:int,  # stride of the map, px
@@ -148,6 +149,7 @@ def maps(self:Segmenter,
     "Maps of the chosen blocks, at the decoder's strides."
     return [f(m) for f, m in zip(self.lifts, self.encoder.maps(normalize(x, self.mean, self.std), self.blocks))]
 
+# %% ../../nbs/evaluate/segment.ipynb #s002
 @patch
 def logits(self:Segmenter,
     x:Tensor # (B, 3, S, S) in [0, 1]
@@ -155,6 +157,7 @@ def logits(self:Segmenter,
     "The prediction for a window."
     return enlarge(self.head(self.decoder([x, x, *self.maps(x)])), x)
 
+# %% ../../nbs/evaluate/segment.ipynb #s003
 def enlarge(y:Tensor, x:Tensor)->Tensor: # (B, classes, S, S) float32
     "Logits at the size of the image."
     return F.interpolate(y.float(), size=x.shape[-2:], mode="bilinear", align_corners=False)
@@ -215,6 +218,7 @@ def chosen(self:Windows,
     orders = {p//n: np.random.default_rng((self.seed, 0, p//n)).permutation(n) for p in places}
     return [int(orders[p//n][p % n]) for p in places]
 
+# %% ../../nbs/evaluate/segment.ipynb #s000
 @patch
 def batch(self:Windows, epoch:int, i:int)->tuple[Tensor,Tensor]: # (B, 3, size, size) uint8, (B, size, size)
     "One batch of windows, each from a random corner."
@@ -246,7 +250,7 @@ def fit_segmenter(
     seed:int=0,             # of heads, windows and views
     precision:torch.dtype|None=None,
     mean=MEAN, std=STD,     # 3 floats each, as in pre-training
-    callbacks:tuple=(), checkpoint=None,
+    callbacks:tuple=(), checkpoint=None, made_of=None, # as of `Trainer`
     desc:str="segmentation"
 )->tuple[Segmenter,list[dict]]: # in evaluation mode; one row of numbers a stretch of steps
     "Train on these images alone, for `params.steps` steps; the last step counts."
@@ -255,7 +259,7 @@ def fit_segmenter(
     segmenter = Segmenter(encoder, params, mean, std).to(device)
     windows = Windows(images, masks, params.image_size, params.batch_size, params.steps, seed, device)
     trainer = Trainer(segmenter, windows, params.optim, windows.epochs, device, precision, groups=segment_groups(segmenter, params),
-                      callbacks=callbacks, checkpoint=checkpoint, desc=desc)
+                      callbacks=callbacks, checkpoint=checkpoint, made_of=made_of, desc=desc)
     history = trainer.fit()
     return segmenter.eval(), history
 
@@ -311,6 +315,7 @@ def pixel_cells(
         raise ValueError(f"truth is {truth.shape}, prediction {predicted.shape}: they are of different images")
     return np.bincount((2*(truth > 0) + (predicted > 0)).ravel(), minlength=4).reshape(2, 2)
 
+# %% ../../nbs/evaluate/segment.ipynb #s001
 def overlaps(
     cells:np.ndarray # (..., 2, 2) pixels
 )->dict:             # score -> (...)

@@ -17,6 +17,7 @@ class HistogramParams(EncoderForm):
 
     def faults(self, model, image_size, prepared)->list[str]: return [] # there is no network
 
+# %% ../../nbs/methods/histogram.ipynb #s000
 class Histogram(nn.Module):
     "The colour histogram in the place of an encoder; there is no loss to train it by."
     Params = HistogramParams

@@ -118,6 +118,7 @@ def target(self:MaskedAutoencoder,
     "MAE's target is made from the normalised image."
     return pixel_target(normalize(x), masked, self.patch_size, self.params.target_norm)
 
+# %% ../../nbs/methods/masked.ipynb #s002
 @patch
 def forward_masked(self:MaskedAutoencoder,
     x:Tensor,       # (B, 3, H, W) in [0, 1]
@@ -144,6 +145,7 @@ def loss_on(self:MaskedAutoencoder,
     pred, target = to_float32(self.forward_masked(x, visible, masked)["pred"]), self.target(x, masked)
     return dict(loss=(pred - target).square().mean(), structure_r2=structure_r2(pred, target))
 
+# %% ../../nbs/methods/masked.ipynb #s003
 @patch
 def forward(self:MaskedAutoencoder,
     images:Tensor # (B, 1 or 3, H, W) uint8
@@ -162,6 +164,7 @@ def unpatchify(
     g, p = int(N**0.5), patch_size
     return patches.reshape(B, g, g, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(B, 3, g*p, g*p)
 
+# %% ../../nbs/methods/masked.ipynb #s001
 def paste(
     x:Tensor,      # (B, 3, H, W)
     masked:Tensor, # (B, m)
@@ -195,6 +198,7 @@ def uncoloured(
     "Of grey images: the mean of the three channels."
     return values if images.shape[1] == 3 else values.unflatten(2, (-1, 3)).mean(-1, keepdim=True).expand(-1, -1, -1, 3).flatten(2)
 
+# %% ../../nbs/methods/masked.ipynb #s000
 @patch
 @torch.no_grad()
 def reconstruct(self:MaskedAutoencoder,

@@ -125,6 +125,7 @@ def in_order(
     "Put rows back into their places."
     return take(x, ids.argsort(1))
 
+# %% ../../nbs/methods/miram.ipynb #s001
 @patch
 def forward_scales(self:MIRAM,
     x:Tensor,       # (B, 3, H, W) in [0, 1]
@@ -172,6 +173,7 @@ def loss_on(self:MIRAM,
         total = total + weight*loss
     return dict(loss=total) | parts
 
+# %% ../../nbs/methods/miram.ipynb #s000
 @patch
 def forward(self:MIRAM,
     images:Tensor # (B, 1 or 3, H, W) uint8

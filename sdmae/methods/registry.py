@@ -59,6 +59,7 @@ def method_params(
     except ValueError as error: raise ValueError(f"encoder.{name}.method: {error}") from None
     return typed(cls.Params, e.section, f"encoder.{name}")
 
+# %% ../../nbs/methods/registry.ipynb #s000
 def method_of(
     P:Params,
     name:str, # of an encoder

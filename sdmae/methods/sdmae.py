@@ -76,6 +76,7 @@ def n_visible(self:SDMAE):
     "SD-MAE counts the masked tokens: `int(ratio·N)`."
     return self.n_tokens - int(self.params.mask_ratio * self.n_tokens)
 
+# %% ../../nbs/methods/sdmae.ipynb #s002
 @patch
 def target(self:SDMAE,
     x:Tensor,     # (B, 3, H, W) in [0, 1]
@@ -85,6 +86,7 @@ def target(self:SDMAE,
     if self.params.target_image == "normalized": return MaskedAutoencoder.target(self, x, masked)
     return pixel_target(x, masked, self.patch_size, self.params.target_norm)
 
+# %% ../../nbs/methods/sdmae.ipynb #s003
 @patch
 def shown(self:SDMAE, pred:Tensor, x:Tensor, masked:Tensor)->Tensor:
     "Predicted pixels with the true statistics of their patch."
@@ -116,6 +118,7 @@ def note_center(self:SDMAE,
     rows = (probs if self.params.center_on == "probs" else teacher).flatten(0, -2)
     if self.training: self.pending_center.append((rows.sum(0), len(rows)))
 
+# %% ../../nbs/methods/sdmae.ipynb #s000
 @patch
 @torch.no_grad()
 def move_center(self:SDMAE):
@@ -128,6 +131,7 @@ def move_center(self:SDMAE):
     self.center.lerp_(new.to(self.center.dtype), 1 - self.params.center_momentum)
     self.pending_center = []
 
+# %% ../../nbs/methods/sdmae.ipynb #s001
 @patch
 @torch.no_grad()
 def after_step(self:SDMAE,

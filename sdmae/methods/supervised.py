@@ -59,6 +59,7 @@ def loss_on(self:Supervised,
     loss = F.cross_entropy(logits, targets, self.weights, label_smoothing=self.params.label_smoothing, reduction="none")
     return dict(loss=loss.mean(), accuracy=(logits.argmax(1) == targets).float().mean())
 
+# %% ../../nbs/methods/supervised.ipynb #s000
 @patch
 def forward(self:Supervised,
     images:Tensor, # (B, 1 or 3, H, W) uint8

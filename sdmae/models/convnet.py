@@ -68,6 +68,7 @@ def pooled(self:ConvEncoder,
     "Mean over positions of the last feature map: the feature that probes see."
     return self.network.forward_features(x).mean((2, 3))
 
+# %% ../../nbs/models/convnet.ipynb #s000
 @patch
 def maps(self:ConvEncoder,
     x:Tensor,        # (B, 3, H, W) normalised images

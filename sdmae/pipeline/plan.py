@@ -87,6 +87,7 @@ def weights_hash(where:str|None)->str|None:
     path = project_root()/where if where else None
     return hash_of(path) if path and path.exists() else None
 
+# %% ../../nbs/pipeline/plan.ipynb #s001
 def made_of_encoder(P:Params, name:str)->dict: # plain values
     "Everything that decides an encoder's numbers, but the seed."
     e, root = P.encoders[name], project_root()
@@ -116,6 +117,7 @@ def made_of_report(P:Params, study:str)->dict:
 # %% ../../nbs/pipeline/plan.ipynb #n019
 SHOWN = {"name", "color", "marker", "of", "data"} # what an encoder may change without being a variant
 
+# %% ../../nbs/pipeline/plan.ipynb #s002
 def report_names(P:Params, study:str)->dict[str,dict]: # encoder → name, color, marker, of, changes, defaults, baseline
     "How a report calls the encoders of a comparison. One without a name of its own, beside its `of`, is a variant."
     listed, out = P.compare[study].encoders, {}
@@ -141,6 +143,7 @@ def plans(P:Params)->dict[str,dict]: # file below build/ → what it holds
          | {f"tasks/{p}-{t}.json": made_of_task(P, t, p) for t in tasks for p in P.protocols} \
          | {f"reports/{s}.json": made_of_report(P, s) for s in P.reports}
 
+# %% ../../nbs/pipeline/plan.ipynb #s000
 def difference(
     old:dict|None, new:dict
 )->str: # "" where nothing differs

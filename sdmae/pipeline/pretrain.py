@@ -33,7 +33,7 @@ from ..evaluate.features import extract
 from ..evaluate.finetune import balance
 from ..evaluate.knn import knn_probabilities
 from ..evaluate.statistics import scores
-from .code import code_hashes, loaded
+from .code import code_hashes, code_of
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c005
 def run_config(
@@ -55,9 +55,9 @@ def made_of(
     config:dict # of the run
 )->dict:        # plain values
     "What a checkpoint has to agree with: configuration, code, torch."
-    root, method = project_root(), METHODS[config["method"]].split(":")[0]
-    modules = loaded({"sdmae.train.engine", "sdmae.data.store", "sdmae.data.shards", f"sdmae.methods.{method}"}, root)
-    return dict(config=config, code=code_hashes([*modules, "sdmae/pipeline/pretrain.py"], root), torch=torch.__version__)
+    method = f"sdmae.methods.{METHODS[config['method']].split(':')[0]}"
+    code = code_of("sdmae.train.engine", "sdmae.data.store", "sdmae.data.shards", method)
+    return dict(config=config, code=code | code_hashes(["sdmae/pipeline/pretrain.py"], project_root()), torch=torch.__version__)
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c007
 def feature_watch(
@@ -95,6 +95,7 @@ def make_batches(
     target = method_params(P, name).target if getattr(model, "labelled", False) else None
     return Batches(store, store.indices("train", target or "label"), p.batch_size, seed, target, p.accumulate)
 
+# %% ../../nbs/pipeline/pretrain.ipynb #s000
 def make_trainer(
     P:Params, name:str, seed:int,
     model, store:TileStore, config:dict,
@@ -138,6 +139,7 @@ def build(
     if start := P.encoders[name].start: start_from(model.encoder, start, f"encoder.{name}.start")
     return model
 
+# %% ../../nbs/pipeline/pretrain.ipynb #s001
 def answers(store:TileStore, section)->dict:
     "What a labelled method has to know of its labels."
     asked, rows = store.task(section.target), store.indices("train", section.target)

@@ -117,6 +117,7 @@ KERNEL = dict(
     extra_arguments=["--log-level=40", "--matplotlib=inline"], # no notes about transport; figures shown, whatever MPLBACKEND says
 )
 
+# %% ../../nbs/pipeline/run.ipynb #s000
 def run(
     path:str|Path,       # notebook, mostly a stripped one in build/
     out:str|Path,        # executed notebook

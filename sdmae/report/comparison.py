@@ -30,6 +30,7 @@ from ..views.augment import center_resize, normalize, rgb, to_unit
 # %% ../../nbs/report/comparison.ipynb #n005
 RELEASED = ("released_macro_ap", "released_macro_auc") # lesions of two labels counted as MIRAM's release does
 
+# %% ../../nbs/report/comparison.ipynb #s000
 class Compared:
     "One task of a comparison: what was asked, all scores and predictions, and which of them are shown."
     def __init__(self,
@@ -50,8 +51,9 @@ class Compared:
 
     def metrics(self)->tuple:
         "All scores that its files hold."
+        if not self.by_label: return METRICS
         each = [f"ap_{j}" for j in np.flatnonzero(self.bears.any(0))]
-        return (*LABEL_METRICS, *each, *(RELEASED if self.asked.multi else ())) if self.by_label else METRICS
+        return (*LABEL_METRICS, *each, *(RELEASED if self.asked.multi else ()))
 
 # %% ../../nbs/report/comparison.ipynb #n007
 def differences(
@@ -109,6 +111,7 @@ def attention_figure(
 # %% ../../nbs/report/comparison.ipynb #n018
 CLASSIFIED = ("probe", "finetune", "linear_sgd") # protocols whose scores are those of classes or labels
 
+# %% ../../nbs/report/comparison.ipynb #s002
 def open_stores(
     P:Params, study:str
 )->dict[str,TileStore]: # by the name of the data
@@ -116,10 +119,12 @@ def open_stores(
     of_tasks = [P.tasks[t].data for t in P.compare[study].tasks if any(getattr(P.tasks[t], p) for p in CLASSIFIED)]
     return {d: TileStore(store_of(d)) for d in dict.fromkeys(of_tasks + [P.encoders[e].data for e in P.compare[study].encoders])}
 
+# %% ../../nbs/report/comparison.ipynb #s003
 def label_of(store)->str:
     "The name of its data in titles."
     return data_label(store.manifest["name"], store.synthetic)
 
+# %% ../../nbs/report/comparison.ipynb #s004
 def compared_tasks(
     P:Params, study:str, stores:dict, names:Names
 )->dict[str,Compared]:
@@ -155,6 +160,7 @@ def time_text(
     mean = lambda e, key: np.mean([m[key] for m in of(e)])
     return "; ".join(f"{names[e]}: {mean(e, 'minutes'):.1f} min at {mean(e, 'images_per_s'):.0f} img/s" for e in names if of(e))
 
+# %% ../../nbs/report/comparison.ipynb #s001
 def budget_of(
     P:Params, study:str, stores:dict, names:Names, made:dict
 )->dict[str,str]: # for `provenance`

@@ -194,7 +194,7 @@ def overview(
     say_bars(fig, df)
     return fig
 
-# %% ../../nbs/report/figures.ipynb #n073
+# %% ../../nbs/report/figures.ipynb #s000
 def _references(ax, guess, floor):
     "Chance, and the floor's linear probe, where they are known."
     if guess is not None: _reference(ax, guess, "chance", "#555555", ":", 2)
@@ -334,7 +334,7 @@ def ablation_figure(
     say_bars(fig, df[(df.metric == metric) & (df.labels == labels) & df.encoder.isin([base, *mine])])
     return fig
 
-# %% ../../nbs/report/figures.ipynb #n074
+# %% ../../nbs/report/figures.ipynb #s001
 def _switch_names(ax, lines, base):
     "Switches in bold, their values below them."
     ax.set_yticks(range(len(lines)), [text + (" · as it stands" if e == base else "") for text, e in lines])

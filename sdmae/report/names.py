@@ -86,6 +86,7 @@ def in_order(
         raise ValueError(f"names: {lost[0]} is a variant of {told[lost[0]].of}, which is no encoder that stands for itself")
     return {e: told[e] for e in order}
 
+# %% ../../nbs/report/names.ipynb #s002
 def full_names(
     told:dict # encoder -> Named, in order
 )->dict[str,str]:
@@ -152,6 +153,7 @@ def ordered(self:Names,
     "Encoders as tables list them: those told first, a longer one behind its base, then others by their letters."
     return sorted(encoders, key=lambda e: (*sort_key(self.base(e), list(self)), self.base(e) != e))
 
+# %% ../../nbs/report/names.ipynb #s000
 @patch
 def top_down(self:Names,
     encoders
@@ -161,6 +163,7 @@ def top_down(self:Names,
     family = {e: self.root(e) for e in order}
     return [e for root in dict.fromkeys(reversed(family.values())) for e in order if family[e] == root]
 
+# %% ../../nbs/report/names.ipynb #s001
 @patch
 def root(self:Names, e:str)->str:
     "What a variant is at last a variant of."

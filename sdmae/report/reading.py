@@ -44,6 +44,7 @@ def wanted(
     "Is it asked for?"
     return chosen is None or value in chosen
 
+# %% ../../nbs/report/reading.ipynb #s004
 def score_files(
     folder, task:str,                        # evals/<study>, and one task there
     encoders=None, seeds=None, protocols=None # of the parameters; None takes all that is there
@@ -74,6 +75,7 @@ def score_rows(
                 for k, entry in enumerate(entries if isinstance(entries, list) else [entries]) for m in metrics]
     except (KeyError, AttributeError, TypeError) as e: raise broken(path, e) from e
 
+# %% ../../nbs/report/reading.ipynb #s001
 def value_of(
     entry:dict, metric:str
 )->dict: # value, low, high
@@ -105,6 +107,7 @@ def classified(
     "Those that predict classes or labels: scores of segmentation are of another kind."
     return [(p, f) for p, f in files if f["protocol"] != "segment"]
 
+# %% ../../nbs/report/reading.ipynb #s002
 def collect(
     folder, task:str,                         # evals/<study>, and one task there
     encoders=None, seeds=None, protocols=None, # of the parameters; None takes all that is there
@@ -151,6 +154,7 @@ def arrays_of(
             for key, by_labels in facts["results"].items()
             for encoder, protocol in [as_in_tables(facts["encoder"], key)] for labels in by_labels}
 
+# %% ../../nbs/report/reading.ipynb #s000
 def read_predictions(
     folder, task:str, encoders=None, seeds=None, protocols=None # as of `collect`
 )->Predictions:
@@ -185,6 +189,7 @@ def read_made(
 # %% ../../nbs/report/reading.ipynb #n024
 CURVE_COLUMNS = ["encoder", "seed", "metric", "step", "value"]
 
+# %% ../../nbs/report/reading.ipynb #s003
 def read_curves(
     runs, encoders=None, seeds=None # as of `run_folders`
 )->pd.DataFrame: # CURVE_COLUMNS; no row where nothing was trained

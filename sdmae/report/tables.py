@@ -129,7 +129,7 @@ def _paired_rows(
         rows.append(facts | dict(metric=m, difference=x, low=low, high=high) | seeds | p | count)
     return rows
 
-# %% ../../nbs/report/tables.ipynb #n045
+# %% ../../nbs/report/tables.ipynb #s001
 def over_seeds(
     differences # (n,) one a seed, the mean over its subsets of labels
 )->dict: # low_seeds, high_seeds, p_seeds, sd, seeds
@@ -154,7 +154,7 @@ def paired_text(
         p.loc[rows, "smallest"] = [smallest_difference(s, n, level=level) for s, n in zip(p.sd[rows], p.seeds[rows])]
     return p[list(lead)].join(paired_words(p))
 
-# %% ../../nbs/report/tables.ipynb #n046
+# %% ../../nbs/report/tables.ipynb #s000
 def paired_words(
     p:pd.DataFrame # paired differences with their verdicts
 )->pd.DataFrame:   # text
@@ -177,6 +177,7 @@ def against_baselines(
     "Each method beside what it has to beat."
     return [(m, b) for m in names.methods for b in names.baselines]
 
+# %% ../../nbs/report/tables.ipynb #s002
 def paired_tables(
     predictions:Predictions,
     pairs,         # (a, b) each
@@ -238,6 +239,7 @@ def ablation_table(
 WATCHED = {"teacher_entropy": "teacher entropy, nats", "teacher_information": "teacher information, nats", "kl": "KL, nats",
            "center_norm": "norm of the centre", "rankme": "RankMe", "structure_r2": "structure R²"}
 
+# %% ../../nbs/report/tables.ipynb #s003
 def watched_table(
     made:dict, # as from `read_made`
     names:Names=NO_NAMES
@@ -297,6 +299,7 @@ def write_tables(
 # %% ../../nbs/report/tables.ipynb #n043
 MAIN_METRICS = ("accuracy", "balanced_accuracy", "macro_ap", "macro_auc")
 
+# %% ../../nbs/report/tables.ipynb #s004
 def write_metrics(
     df:pd.DataFrame, # as from `collect`
     folder,          # made where it is missing

@@ -78,6 +78,7 @@ def spicules(
     ray = np.exp(-(r*np.sin(angle - at[k])/.5)**2)*(np.cos(angle - at[k]) > 0)
     return ray*sigmoid((r - edge + .8)/.3)*np.clip(1 - (r - edge)/length[k], 0, 1)
 
+# %% ../../nbs/sample/lesions.ipynb #s000
 def halo(
     r:np.ndarray, edge:np.ndarray   # (H, W)
 )->np.ndarray:                      # (H, W)

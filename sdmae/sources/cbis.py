@@ -112,6 +112,7 @@ def pathologies(
     "The classes of `pathology`: four for both findings, two for one."
     return [f"{p}_{f.upper()}" for f in findings for p in ("BENIGN","MALIGNANT")]
 
+# %% ../../nbs/sources/cbis.ipynb #s001
 def all_tasks(
     labels:list[dict],  # of each record
     findings:list[str]
@@ -124,7 +125,8 @@ def all_tasks(
     return {t: fixed.get(t) or Task(classes, True) for t,classes in found.items() if classes}
 
 # %% ../../nbs/sources/cbis.ipynb #c021
-NAME = re.compile(r"(?P<case>(?:Mass|Calc)-(?:Training|Test)_P_\d+_(?:LEFT|RIGHT)_(?:CC|MLO))(?P<kind>_FULL|_MASK)?(?P<lesion>_\d+)?(?=[/.])")
+NAME = re.compile(r"(?P<case>(?:Mass|Calc)-(?:Training|Test)_P_\d+_(?:LEFT|RIGHT)_(?:CC|MLO))"
+                  r"(?P<kind>_FULL|_MASK)?(?P<lesion>_\d+)?(?=[/.])")
 
 def key_of(
     name:str    # of a file inside
@@ -238,6 +240,7 @@ def square(
     out[max(-y, 0):max(-y, 0) + part.shape[0], max(-x, 0):max(-x, 0) + part.shape[1]] = part
     return out
 
+# %% ../../nbs/sources/cbis.ipynb #s000
 def box_of(
     mask:np.ndarray # (H, W) bool, not empty
 )->tuple[int,int,int,int]:

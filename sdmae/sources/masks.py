@@ -79,6 +79,7 @@ def read_mask(place:Path, name:str, path:str)->np.ndarray: # (H, W) uint8 or uin
 # %% ../../nbs/sources/masks.ipynb #c017
 MASKS = ("masks", "labels")
 
+# %% ../../nbs/sources/masks.ipynb #s001
 def sides(
     place:Path
 )->dict[str,dict[str,tuple]]: # "images" and "masks" -> name -> (file inside, how to read it as an image, path for people)
@@ -155,6 +156,7 @@ def save_pairs(
                                                  indent=1))
     shutil.rmtree(out, ignore_errors=True); part.rename(out)
 
+# %% ../../nbs/sources/masks.ipynb #s000
 def load_pairs(
     folder:str|Path # as written by `save_pairs`
 )->list[Pair]:

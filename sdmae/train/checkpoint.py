@@ -21,6 +21,7 @@ def rng_state(
     return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
                 numpy=[name, torch.from_numpy(keys.astype(np.int64)), *rest], python=random.getstate())
 
+# %% ../../nbs/train/checkpoint.ipynb #s002
 def set_rng_state(state:dict, device:torch.device=torch.device("cpu")):
     "Put the generators back."
     torch.set_rng_state(state["torch"])
@@ -56,6 +57,7 @@ def cannot_resume(path:Path, error:Exception)->ValueError:
     "The error of a file that is no checkpoint of this run."
     return ValueError(f"{path} cannot be resumed ({type(error).__name__}: {str(error)[:200]}): delete it to start again")
 
+# %% ../../nbs/train/checkpoint.ipynb #s003
 def check_made_of(
     path:Path,
     state:dict,  # of the checkpoint
@@ -73,6 +75,7 @@ def remembering(trainer)->list:
     "The callbacks that carry something from epoch to epoch."
     return [c for c in trainer.callbacks if hasattr(c, "state_dict")]
 
+# %% ../../nbs/train/checkpoint.ipynb #s000
 def save_checkpoint(
     path:Path, # file
     trainer    # a `Trainer`
@@ -85,6 +88,7 @@ def save_checkpoint(
     torch.save(state, path.with_suffix(".part"))
     os.replace(path.with_suffix(".part"), path)
 
+# %% ../../nbs/train/checkpoint.ipynb #s001
 def load_checkpoint(path:Path, trainer):
     "Put a run back to where it was saved. Raises `ValueError` naming a file that is damaged, or of another model, code or version."
     try: state = torch.load(path, map_location="cpu", weights_only=True)

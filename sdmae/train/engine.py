@@ -33,6 +33,7 @@ def pick_device(name:str="auto")->torch.device:
         raise RuntimeError(f"device: {name} was asked for, but torch sees {found}; use device: auto, and no more processes than GPUs")
     return device
 
+# %% ../../nbs/train/engine.ipynb #s005
 def pick_precision(
     name:str,           # "auto", "float32" or "bfloat16"
     device:torch.device
@@ -43,6 +44,7 @@ def pick_precision(
     else: fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else None
 
+# %% ../../nbs/train/engine.ipynb #s006
 def autocast(device:torch.device, dtype:torch.dtype|None):
     "A context in which matrix products run in `dtype`."
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
@@ -124,6 +126,7 @@ def averaged(self:Trainer,
     dist.all_reduce(values)
     return dict(zip(losses, values / self.world))
 
+# %% ../../nbs/train/engine.ipynb #s000
 @patch
 def set_lr(self:Trainer)->float: # learning rate of this step
     "Schedule times each group's `lr_scale`."
@@ -131,6 +134,7 @@ def set_lr(self:Trainer)->float: # learning rate of this step
     for g in self.optimizer.param_groups: g["lr"] = lr * g.get("lr_scale", 1.)
     return lr
 
+# %% ../../nbs/train/engine.ipynb #s001
 @patch
 def ask(self:Trainer,
     hook:str,      # "before_step" or "after_step"
@@ -139,6 +143,7 @@ def ask(self:Trainer,
     "Call a hook of the model, where it has one."
     if hasattr(self.model, hook): getattr(self.model, hook)(progress)
 
+# %% ../../nbs/train/engine.ipynb #s002
 @patch
 def train_step(self:Trainer, batch:tuple):
     "Forward and backward of each part, then one optimiser step; adds the parts of the loss to the epoch's sums."
@@ -164,6 +169,7 @@ def watching(self:Trainer):
     "The callbacks, in the first process."
     return () if self.rank else self.callbacks
 
+# %% ../../nbs/train/engine.ipynb #s007
 @patch
 def log_epoch(self:Trainer, epoch:int, lr:float, images_per_s:float):
     "Close the epoch: means, callbacks' numbers, history. Raises `FloatingPointError` for a loss that is not finite."
@@ -209,6 +215,7 @@ def fit(self:Trainer)->list[dict]: # one row of numbers an epoch
     if self.checkpoint and self.rank == 0: self.checkpoint.unlink(missing_ok=True)
     return self.history
 
+# %% ../../nbs/train/engine.ipynb #s003
 @patch
 def check_start(self:Trainer):
     "Wait for the other processes. Raises `RuntimeError` where they would go on from different steps."
@@ -219,6 +226,7 @@ def check_start(self:Trainer):
         raise RuntimeError(f"{self.desc}: the processes would go on from steps {steps}. {self.checkpoint} must lie on a disk "
                            "that all machines share; delete it to start again")
 
+# %% ../../nbs/train/engine.ipynb #s004
 @patch
 def maybe_checkpoint(self:Trainer):
     "Save when the last checkpoint is old enough."

@@ -30,6 +30,7 @@ def collapsed(
     if row.get("rankme", 9.) >= 2: return None
     return f"the features have collapsed: RankMe is {row['rankme']:.1f} in epoch {row['epoch']}, they fill hardly more than one direction"
 
+# %% ../../nbs/train/monitor.ipynb #s000
 def warnings_of(
     row:dict,   # an epoch's numbers
     method=None # that trained; asked where it has `warnings(row)`

@@ -64,6 +64,7 @@ def blur_matrix(
     w = bell(row-col) + bell(row+col)*(col > 0) + bell(2*(n-1)-row-col)*(col < n-1)
     return w / w.sum(-1, keepdim=True)
 
+# %% ../../nbs/views/colour.ipynb #s000
 def gaussian_blur(
     x:Tensor,     # (B, C, H, W) float
     sigma:Tensor, # (B,) px
@@ -84,6 +85,7 @@ def blur(
     width = torch.where(u[0] < probability, sigma[0] + (sigma[1]-sigma[0])*u[1], 0.)
     return gaussian_blur(x, width, x.shape[-1]//20*2 + 1)
 
+# %% ../../nbs/views/colour.ipynb #s001
 def solarize(
     x:Tensor,         # (B, C, H, W) in [0, 1]
     probability:float # of an image

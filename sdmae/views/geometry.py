@@ -93,6 +93,7 @@ def flip_where(
     "Mirror the chosen images."
     return torch.where(which[:, None, None, None], images.flip(dim), images)
 
+# %% ../../nbs/views/geometry.ipynb #s000
 def turn(
     images:Tensor, # (B, C, S, S) square
     quarters:Tensor # (B,) 0…3
