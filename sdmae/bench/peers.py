@@ -126,7 +126,7 @@ Transcription.loss_on = transcribed_loss
 
 # %% ../../nbs/bench/peers.ipynb #c016
 class TransformersMAE(nn.Module):
-    "`ViTMAEForPreTraining` of the shape of `method.mae`."
+    "`ViTMAEForPreTraining` of the shape of `encoder.mae`."
     def __init__(self, params:Params):
         super().__init__()
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
@@ -143,7 +143,7 @@ class TransformersMAE(nn.Module):
 
 # %% ../../nbs/bench/peers.ipynb #c018
 class LightlyMAE(nn.Module):
-    "lightly's parts in the order of its documented example, in the shape of `method.mae`."
+    "lightly's parts in the order of its documented example, in the shape of `encoder.mae`."
     def __init__(self, params:Params):
         super().__init__()
         from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM

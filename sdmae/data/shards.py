@@ -312,7 +312,7 @@ def arguments()->argparse.ArgumentParser:
                                      description="Tar files of images for sets larger than memory; pretrain.shards names their folder.")
     sub = parser.add_subparsers(dest="command", required=True)
     p = sub.add_parser("write", help="a split of a prepared store as shards")
-    p.add_argument("tiles", help="folder written by the stage prepare: data/prepared")
+    p.add_argument("tiles", help="folder written by the stage prepare: stores/tissue")
     p.add_argument("out", help="folder; shards that are there are replaced")
     p.add_argument("--split", default="train", help="train (default), valid or test")
     p.add_argument("--format", choices=["jpg", "png"], default="jpg", help="png loses nothing (default: jpg)")
