@@ -6,13 +6,15 @@
 __all__ = ['Labels', 'PROTOCOLS', 'project_root', 'Section', 'CBISParams', 'MasksParams', 'DataParams', 'ModelParams',
            'ViewParams', 'OptimParams', 'EncoderForm', 'merged', 'flat', 'resolved', 'PretrainParams', 'ProbeParams',
            'FinetuneParams', 'SegmentParams', 'ReportParams', 'TaskParams', 'EncoderParams', 'CompareParams', 'Params',
-           'typed', 'with_views', 'task_of', 'model_of', 'encoder_of', 'faults_of', 'lists_of', 'faults_of_comparison',
-           'store_of', 'run_of', 'eval_of', 'compose', 'explain', 'parse_params', 'load_params', 'edited']
+           'typed', 'with_views', 'task_of', 'model_of', 'encoder_of', 'faults_of', 'faults_of_names', 'lists_of',
+           'faults_of_comparison', 'store_of', 'run_of', 'eval_of', 'compose', 'explain', 'parse_params', 'load_params',
+           'edited']
 
 # %% ../nbs/params.ipynb #c002
 from pathlib import Path
 from typing import Annotated, Literal
 import yaml
+import re
 from functools import cached_property
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -407,6 +409,7 @@ def encoder_of(P:Params, name:str)->EncoderParams:
 def faults_of(P:Params)->list[str]:
     "A line for each name that leads nowhere, and for each section that a task or encoder cannot use."
     faults = [f"{key} lists something twice: {values}" for key, values in lists_of(P).items() if len(set(values)) < len(values)]
+    faults += faults_of_names(P)
     faults += [f"reports: there is no compare.{r}" for r in P.reports if r not in P.compare]
     for table, make in ((P.task, task_of), (P.encoder, encoder_of)):
         for name in table:
@@ -416,6 +419,16 @@ def faults_of(P:Params)->list[str]:
                 faults.append(f"{'task' if table is P.task else 'encoder'}.{name}.data: there is no data.{found.data}; there are "
                               f"{', '.join(P.data)}")
     return faults + [fault for study in P.compare for fault in faults_of_comparison(P, study)]
+
+# %% ../nbs/params.ipynb #n006
+def faults_of_names(P:Params)->list[str]:
+    "Names that cannot be those of folders and stages, or that have a meaning already."
+    names = [(kind, name) for kind in ("data", "encoder", "task", "compare") for name in getattr(P, kind)]
+    odd = [f"{kind}.{name}: a name begins with a letter and has letters, digits and _ alone, for folders and stages are called by it"
+           for kind, name in names if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name)]
+    taken = [f"encoder.{name}: tables call so what is trained for longer; choose a name that does not end in _long" for name in P.encoder
+             if name.endswith("_long")]
+    return odd + taken + ["compare.data: the folder reports/data is that of prepared data; choose another name"]*("data" in P.compare)
 
 # %% ../nbs/params.ipynb #s000
 def lists_of(P:Params)->dict[str,list]:

@@ -66,6 +66,14 @@ def faults(values):
 def test_a_fault_is_named(path, value, words): assert words in faults(edit(path, value))
 
 
+@pytest.mark.parametrize("path, words", [("encoder.my-mae", "encoder.my-mae: a name begins with a letter"), ("encoder.random_long", "encoder.random_long: tables call so"),
+                                         ("data.a/b", "data.a/b: a name"), ("task.1st", "task.1st: a name"), ("compare.data", "compare.data: the folder")])
+def test_names_are_those_of_folders(path, words):
+    kind, name = path.split(".")
+    values = compose(); values[kind][name] = next(iter(values[kind].values()))
+    assert words in faults(values)
+
+
 def test_all_faults_are_told_at_once():
     values = edit("pretrain.tissue.epochs", -1); values["model"]["depth"] = 0; values["finetune"]["few"]["mixupp"] = 1
     assert "model.depth" in faults(values)

@@ -444,7 +444,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
 
 def test_the_stage(saved, tmp_path, request):
     "The notebook on a small set: what it scores is what it kept, and test slides are never trained on."
-    values, name, out = yaml.safe_load((ROOT/"params.yaml").read_text()), f"test-{tmp_path.name}", tmp_path/"out"
+    values, name, out = yaml.safe_load((ROOT/"params.yaml").read_text()), f"test_{tmp_path.name}", tmp_path/"out"
     archive = zipped(tmp_path/"set.zip", files(6, binary=False, size=80))
     values["data"][name] = dict(name="toys", adapter="masks", path=str(archive), masks=dict(group=GROUP), valid_fraction=0.34)
     values["task"][name] = dict(data=name, target="nuclei", segment="toy")
