@@ -424,8 +424,8 @@ def faults_of(P:Params)->list[str]:
 def faults_of_names(P:Params)->list[str]:
     "Names that cannot be those of folders and stages, or that have a meaning already."
     names = [(kind, name) for kind in ("data", "encoder", "task", "compare") for name in getattr(P, kind)]
-    odd = [f"{kind}.{name}: a name begins with a letter and has letters, digits and _ alone, for folders and stages are called by it"
-           for kind, name in names if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name)]
+    odd = [f"{kind}.{name}: a name has small letters, digits and _ alone, a letter first, for folders and stages are called by it"
+           for kind, name in names if not re.fullmatch(r"[a-z][a-z0-9_]*", name)]
     taken = [f"encoder.{name}: tables call so what is trained for longer; choose a name that does not end in _long" for name in P.encoder
              if name.endswith("_long")]
     return odd + taken + ["compare.data: the folder reports/data is that of prepared data; choose another name"]*("data" in P.compare)

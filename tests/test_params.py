@@ -66,7 +66,7 @@ def faults(values):
 def test_a_fault_is_named(path, value, words): assert words in faults(edit(path, value))
 
 
-@pytest.mark.parametrize("path, words", [("encoder.my-mae", "encoder.my-mae: a name begins with a letter"), ("encoder.random_long", "encoder.random_long: tables call so"),
+@pytest.mark.parametrize("path, words", [("encoder.my-mae", "encoder.my-mae: a name has small letters"), ("encoder.random_long", "encoder.random_long: tables call so"),
                                          ("data.a/b", "data.a/b: a name"), ("task.1st", "task.1st: a name"), ("compare.data", "compare.data: the folder")])
 def test_names_are_those_of_folders(path, words):
     kind, name = path.split(".")
