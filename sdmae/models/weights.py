@@ -69,7 +69,7 @@ def weights_in(
         if all(k.startswith(prefix) for k in state): state = {k.removeprefix(prefix): v for k, v in state.items()}
     bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
-        raise ValueError(f"{where}: {bad[0]} is not finite, nor are {len(bad)-1} other weights: the training had diverged.")
+        raise ValueError(f"{where}: {bad[0]} holds values that are not finite ({len(bad)} weights do): the training had diverged.")
     return state
 
 # %% ../../nbs/models/weights.ipynb #c009
