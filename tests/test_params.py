@@ -61,7 +61,7 @@ def faults(values):
     ("model.image_size", 60, "60 is not divisible by patch_size 8"),
     ("data.lesions.image_size", 48, "encoder.lesion_miram_native.target native reconstructs 64 px, but the prepared images have 48"),
     ("encoder.lesion_miram.scales", [2, 1], "scales must rise from 1"), ("encoder.lesion_miram.weights", [1.0], "weights needs one entry"),
-    ("encoder.lesion_miram.nystrom.kernel", 32, "kernel must be odd"),
+    ("encoder.lesion_miram.nystrom.kernel", 32, "kernel must be odd"), ("encoder.mae.start", "runs/tissue/mae-0", "copy it elsewhere first"),
 ])
 def test_a_fault_is_named(path, value, words): assert words in faults(edit(path, value))
 
