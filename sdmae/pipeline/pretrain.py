@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_config', 'made_of', 'feature_watch', 'process_group', 'make_batches', 'make_trainer', 'save_run', 'build',
-           'answers', 'train', 'pretrain', 'num_processes', 'launch', 'first_error', 'arguments', 'end_with_torchrun',
-           'main']
+           'answers', 'train', 'check_asked', 'pretrain', 'num_processes', 'launch', 'first_error', 'arguments',
+           'end_with_torchrun', 'main']
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c002
 import argparse, ctypes, json, os, signal, subprocess, sys, tempfile, time
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
-from ..params import Params, load_params, project_root, run_of, store_of
+from ..params import PROTOCOLS, Params, load_params, project_root, resolved, run_of, store_of
 from ..data.store import TileStore
 from ..data.shards import ShardBatches, Shards
 from ..views.augment import MEAN, STD
@@ -158,6 +158,15 @@ def train(P, name, seed, model, store, config, device, precision, live:Path)->tu
     trainer.callbacks += (LiveLog(live),)
     return trainer.fit(), pictures.pictures if pictures else {}
 
+# %% ../../nbs/pipeline/pretrain.ipynb #n007
+def check_asked(P:Params, study:str, data:str, store:TileStore):
+    "Raises `ValueError` where a task of the comparison asks this data for more labels than it has."
+    for name in P.compare[study].tasks if study in P.compare else []:
+        task, recipes = P.tasks[name], resolved("task", P.task, name)
+        for protocol in P.protocols if task.data == data else []:
+            labels = getattr(getattr(task, protocol), "labels", None)
+            if labels: store.check_labels(labels, f"{PROTOCOLS[protocol]}.{recipes[protocol]}.labels", task.target)
+
 # %% ../../nbs/pipeline/pretrain.ipynb #n005
 def pretrain(
     params:str="params.yaml", # from the project's root, as all paths, or absolute
@@ -174,6 +183,7 @@ def pretrain(
     precision = pick_precision(P.precision, device)
     with process_group(device):
         store = TileStore(root/(tiles or store_of(e.data))).to(device)
+        check_asked(P, study, e.data, store)
         model, config = build(P, encoder, seed, store, device), run_config(P, encoder, seed, store, device, precision)
         config |= getattr(model, "normalization", {}) # weights from elsewhere bring their own mean and std
         history, pictures = [], {}
