@@ -376,7 +376,8 @@ def test_a_job_that_fails_stops_no_other(work):
     (dict(encoder__mae__mask_ration=0.5), "encoder.mae.mask_ration: unknown parameter"),
     (dict(model__patch_size=7), "not divisible by patch_size 7"),
     (dict(compare__tissue__encoders=["random", "sdmea"]), "sdmea"),
-    (dict(data__tissue__path="data/nowhere"), "data/nowhere")])
+    (dict(data__tissue__path="data/nowhere"), "data/nowhere"),
+    (dict(probe__few__labels=[30, 5000]), "task.tissue: probe.few.labels lists 5000")])
 def test_a_faulty_parameter_stops_everything(work, changes, message):
     before = contents(work)
     edit_params(work, **changes)

@@ -207,8 +207,8 @@ def end_to_end(
     beside = Beside(Entry(name, configuration, params, store.device), torch.rand(batches.batch_size, 3, size, size, device=store.device))
     rows = Trainer(model, batches, optim, epochs + 1, store.device, PRECISIONS[configuration], callbacks=(beside,),
                    desc=f"{name}, end to end").fit()[1:]
-    return {k: spread([r[key] for r in rows])["images_per_s"] for k,
-            key in dict(end_to_end="images_per_s", step="step", share="share").items()}
+    return {k: spread([r[key] for r in rows])["images_per_s"]
+            for k, key in dict(end_to_end="images_per_s", step="step", share="share").items()}
 
 # %% ../../nbs/bench/measure.ipynb #c025
 def compare(

@@ -121,7 +121,7 @@ def open_zip(
         name = i.orig_filename.replace("\\", "/")
         if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in name.split("/"):
             raise ValueError(f"{archive}: entry {i.orig_filename!r} leads outside the archive. Do not use this file; get it from its "
-                             f"publisher.")
+                             "publisher.")
         if i.flag_bits & 1:
             raise ValueError(f"{archive}: entry {i.filename!r} is encrypted. Unpack it with its password and give the folder.")
     return z

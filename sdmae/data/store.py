@@ -133,8 +133,8 @@ def make_manifest(
     mean = total/pixels
     std = np.sqrt(square/pixels - mean**2)
     counts = {s: {c: int(((table.split==s) & (table.label==c)).sum()) for c in source.classes} for s in SPLITS}
-    tasks = {name: {"classes":t.classes, "multi":t.multi, "counts":task_counts(table[name], table.split, t)} for name,
-             t in source.tasks.items()}
+    tasks = {name: {"classes":t.classes, "multi":t.multi, "counts":task_counts(table[name], table.split, t)}
+             for name, t in source.tasks.items()}
     notes = source.notes + [f"warning: {odd} of {len(table)} tiles were not square; their centre was kept"]*bool(odd)
     return {"name":source.name, "adapter":data.adapter, "classes":source.classes, "image_size":data.image_size, "channels":source.channels,
             "synthetic":source.synthetic, "notes":notes, "counts":counts, "tasks":tasks,
@@ -166,7 +166,7 @@ def prepare(
     folder.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(folder.parent).free) < n*size*size*channels:
         raise OSError(f"{folder}: {n} tiles need {n*size*size*channels/1e9:.1f} GB, {free/1e9:.1f} GB are free. Make room or set "
-                      f"data.limit.")
+                      "data.limit.")
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
                           else os.cpu_count()) if n >= 2000 or workers else 1
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:

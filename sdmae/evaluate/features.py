@@ -48,5 +48,5 @@ def extract(
     bad = np.flatnonzero(~np.isfinite(features).all(1))
     if len(bad):
         raise ValueError(f"{len(bad)} of {len(idx)} tiles have features that are not finite, row {idx[bad[0]]} first; did the pre-training "
-                         f"diverge?")
+                         "diverge?")
     return features

@@ -7,6 +7,7 @@ __all__ = ['freeze_below', 'Classifier', 'mix_even', 'balance', 'decay_groups', 
 
 # %% ../../nbs/evaluate/finetune.ipynb #c002
 import math, random
+from fastcore.basics import patch
 import numpy as np
 import torch
 from torch import nn, Tensor
@@ -61,20 +62,28 @@ class Classifier(nn.Module):
         for m in self.resting: m.eval()
         return self
 
-    def logits(self, x:Tensor)->Tensor: # (B, 3 or 1, H, W) in [0, 1] → (B, classes)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.encoder.network.forward_features(normalize(x, self.mean, self.std))
-        return self.encoder.network.forward_head(features).float()
+# %% ../../nbs/evaluate/finetune.ipynb #n005
+@patch
+def logits(self:Classifier,
+    x:Tensor # (B, 3 or 1, H, W) in [0, 1]
+)->Tensor:   # (B, classes)
+    "Answers before softmax or sigmoid; without a gradient below a frozen encoder's head."
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        features = self.encoder.network.forward_features(normalize(x, self.mean, self.std))
+    return self.encoder.network.forward_head(features).float()
 
-    def forward(self,
-        images:Tensor, # (B, 3 or 1, H, W) uint8
-        targets:Tensor # (B,) class numbers, or (B, classes) with 1 for each label that applies
-    )->dict:
-        x = self.views(images)
-        if self.multi: return dict(loss=F.binary_cross_entropy_with_logits(self.logits(x), targets, pos_weight=self.weights))
-        if self.mix is None: return dict(loss=F.cross_entropy(self.logits(x), targets, self.weights, label_smoothing=self.smoothing))
-        x, soft = mix_even(self.mix, x, targets)
-        return dict(loss=F.cross_entropy(self.logits(x), soft, self.weights))
+# %% ../../nbs/evaluate/finetune.ipynb #n006
+@patch
+def forward(self:Classifier,
+    images:Tensor, # (B, 3 or 1, H, W) uint8
+    targets:Tensor # (B,) class numbers, or (B, classes) with 1 for each label that applies
+)->dict:
+    "The loss of one batch, on its views."
+    x = self.views(images)
+    if self.multi: return dict(loss=F.binary_cross_entropy_with_logits(self.logits(x), targets, pos_weight=self.weights))
+    if self.mix is None: return dict(loss=F.cross_entropy(self.logits(x), targets, self.weights, label_smoothing=self.smoothing))
+    x, soft = mix_even(self.mix, x, targets)
+    return dict(loss=F.cross_entropy(self.logits(x), soft, self.weights))
 
 # %% ../../nbs/evaluate/finetune.ipynb #c006
 def mix_even(
@@ -99,7 +108,7 @@ def balance(
     bad = torch.nonzero((counts == 0) | (weights == 0)).flatten().tolist()
     if bad:
         raise ValueError(f"class_weights: {int(counts[bad[0]])} of {len(targets)} labelled tiles are of class {classes[bad[0]]}; take more "
-                         f"labels, or set class_weights: false")
+                         "labels, or set class_weights: false")
     return weights.float()
 
 # %% ../../nbs/evaluate/finetune.ipynb #c011

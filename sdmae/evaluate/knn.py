@@ -31,7 +31,7 @@ def check_labelled(
     x, y = np.asarray(x), np.asarray(y)
     if x.ndim != 2 or y.shape not in (x.shape[:1], (len(x), n_classes)) or not len(y):
         raise ValueError(f"{name}: features {x.shape} and classes {y.shape} do not fit; expected (n, D) and (n,), or (n, {n_classes}) "
-                         f"where a tile may have several labels")
+                         "where a tile may have several labels")
     if not np.isfinite(x).all():
         raise ValueError(f"{name}: row {np.flatnonzero(~np.isfinite(x).all(1))[0]} has features that are not finite")
     if y.ndim == 2:

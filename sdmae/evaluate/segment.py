@@ -53,7 +53,7 @@ def lift(
     steps = math.log2(patch/stride)
     if steps != int(steps):
         raise ValueError(f"model.patch_size {patch} cannot be brought to stride {stride} by doubling or halving: segmentation needs "
-                         f"patches of 2, 4, 8, 16, 32 … px")
+                         "patches of 2, 4, 8, 16, 32 … px")
     if steps < 0: return nn.MaxPool2d(2**int(-steps))
     layers = [[nn.ConvTranspose2d(dim, dim, 2, 2), nn.BatchNorm2d(dim), nn.GELU()] for _ in range(int(steps))]
     return nn.Sequential(*sum(layers, [])[:-2])

@@ -55,7 +55,7 @@ class MIRAMParams(MAEParams):
     def faults(self, model, image_size, prepared)->list[str]:
         side, native = image_size*max(self.scales), self.target == "native"
         small = [f"target native reconstructs {side} px, but the prepared images have {prepared}: raise that, lower image_size, or use "
-                 f"target: upsampled"]
+                 "target: upsampled"]
         return super().faults(model, image_size, prepared) + (small if native and prepared < side else [])
 
 # %% ../../nbs/methods/miram.ipynb #c006

@@ -11,6 +11,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from timm.models.vision_transformer import Block
 from functools import partial
+from fastcore.basics import patch
 from pydantic import Field, model_validator
 from ..params import Section
 from .vit import position_table, take, xavier_init
@@ -76,17 +77,20 @@ class Decoder(nn.Module):
         xavier_init(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self,
-        tokens:Tensor,  # (B, prefix + n, D) encoder output
-        visible:Tensor, # (B, n) their indices
-        masked:Tensor,  # (B, m) indices of the hidden ones
-        last:int=None   # how many tokens are wanted, from the end; None: all
-    )->Tensor:          # (B, prefix + n + m, dim): prefix, visible, masked; or the last of them
-        B, p = len(tokens), self.n_prefix
-        pos = self.pos_embed[:, p:].expand(B, -1, -1)
-        x = self.embed(tokens)
-        front = x[:, :p] + self.pos_embed[:, :p]
-        x = torch.cat([front, x[:, p:] + take(pos, visible), self.mask_token + take(pos, masked)], 1)
-        *first, final = self.blocks
-        for block in first: x = block(x)
-        return self.norm(last_tokens(final, x, last) if last else final(x))
+# %% ../../nbs/models/decoders.ipynb #n004
+@patch
+def forward(self:Decoder,
+    tokens:Tensor,  # (B, prefix + n, D) encoder output
+    visible:Tensor, # (B, n) their indices
+    masked:Tensor,  # (B, m) indices of the hidden ones
+    last:int=None   # how many tokens are wanted, from the end; None: all
+)->Tensor:          # (B, prefix + n + m, dim): prefix, visible, masked; or the last of them
+    "Output tokens, in the order in which they came: masked ones at the end."
+    B, p = len(tokens), self.n_prefix
+    pos = self.pos_embed[:, p:].expand(B, -1, -1)
+    x = self.embed(tokens)
+    front = x[:, :p] + self.pos_embed[:, :p]
+    x = torch.cat([front, x[:, p:] + take(pos, visible), self.mask_token + take(pos, masked)], 1)
+    *first, final = self.blocks
+    for block in first: x = block(x)
+    return self.norm(last_tokens(final, x, last) if last else final(x))

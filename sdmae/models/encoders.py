@@ -59,8 +59,8 @@ def load_weights(
     own = encoder.network.state_dict()
     new = {k for k in own if k.startswith(encoder.head_parts)}
     missing = sorted(own.keys() - state.keys() - new)
-    shapes = [f"{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} here" for k,
-              v in state.items() if k in own and v.shape != own[k].shape]
+    shapes = [f"{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} here"
+              for k, v in state.items() if k in own and v.shape != own[k].shape]
     unknown = sorted(state.keys() - own.keys() - {"norm.weight", "norm.bias"})
     if missing or shapes or unknown:
         raise ValueError(f"{where} is of another architecture. Missing: {missing[:4]}; unknown: {unknown[:4]}; other shapes: {shapes[:4]}")
@@ -76,7 +76,7 @@ def encoder_folder(
     for name in ("encoder.safetensors", "config.json"):
         if not (folder/name).is_file():
             raise FileNotFoundError(f"{folder/name} does not exist: {folder} is no folder of an encoder; run `dvc repro` to make those of "
-                                    f"the runs.")
+                                    "the runs.")
     return folder
 
 # %% ../../nbs/models/encoders.ipynb #n001

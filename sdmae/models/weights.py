@@ -48,7 +48,7 @@ def load_pickled(
     code = re.search(r"GLOBAL (\S+) (?:was not|whose)", str(error))
     if code or "TorchScript" in str(error):
         raise ValueError(f"{path} is refused: to read it, code would have to run ({code[1] if code else 'TorchScript'}). Where it was "
-                         f"made, "
+                         "made, "
                          "save the weights alone, `safetensors.torch.save_file(model.state_dict(), \"weights.safetensors\")`, and give it.")
     reason = str(error).partition("\n")[0][:120] or "empty"
     raise ValueError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__}: {reason}): fetch it again.")
@@ -64,7 +64,7 @@ def weights_in(
     if not state:
         held = ", ".join(map(str, list(raw)[:6])) if isinstance(raw, dict) else f"a {type(raw).__name__}"
         raise ValueError(f"{where} holds no weights by name, but {held or 'nothing'}. Save the network that is wanted alone: its "
-                         f"state_dict().")
+                         "state_dict().")
     for prefix in ("module.", "_orig_mod."):
         if all(k.startswith(prefix) for k in state): state = {k.removeprefix(prefix): v for k, v in state.items()}
     bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
@@ -116,8 +116,8 @@ def our_state(weights:dict)->dict: # the release's names → ours
 # %% ../../nbs/models/weights.ipynb #c018
 MAE_NAMES = dict(mask_token="decoder.mask_token", decoder_pos_embed="decoder.pos_embed", decoder_embed="decoder.embed",
                  decoder_blocks="decoder.blocks", decoder_norm="decoder.norm", decoder_pred="pixels",
-                 **{f"highres_decoder_{theirs}": f"fine_decoders.0.{ours}" for theirs,
-                    ours in dict(pos_embed="pos_embed", blocks="blocks", norm="norm", pred="pixels").items()})
+                 **{f"highres_decoder_{theirs}": f"fine_decoders.0.{ours}"
+                    for theirs, ours in dict(pos_embed="pos_embed", blocks="blocks", norm="norm", pred="pixels").items()})
 
 def our_mae_name(name:str)->str: # facebookresearch's name → ours
     "Translate the name of a weight of facebookresearch/mae, or of MIRAM's release."
@@ -136,7 +136,7 @@ def layout_of(
     found = [layout for layout, sign in SIGNS.items() if sign in state]
     if found: return found[0]
     raise ValueError(f"{where} is of no layout known here: the release of SD-MAE or MIRAM, facebookresearch/mae, or a vision transformer "
-                     f"of timm, which has "
+                     "of timm, which has "
                      f"{SIGNS['timm']}. It begins with {', '.join(list(state)[:4])}. timm's models are read by name: hf-hub:owner/name.")
 
 # %% ../../nbs/models/weights.ipynb #c023
@@ -177,7 +177,7 @@ def shape_of(
         raise ValueError(f"{where}: {needed[0]} is {patch}; colour images and square patches need (width, 3, p, p)")
     if fc2 != fc1[::-1]:
         raise ValueError(f"{where}: {needed[1]} is {fc1} and {needed[2]} {fc2}; a plain MLP has transposed shapes, a gated one is not "
-                         f"known here")
+                         "known here")
     dim, hidden = patch[0], fc1[0]
     ratio = hidden/dim if int(dim*(hidden/dim)) == hidden else (hidden + 0.5)/dim # timm rounds dim·ratio down
     return dict(patch_size=patch[-1], embed_dim=dim, depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
@@ -250,7 +250,7 @@ def timm_model(
     known, absent = name.removeprefix("timm/"), f"{name} is no file or folder here"
     if "/" in known and ":" not in known:
         raise ValueError(f"{absent}, and no model of timm has a slash in its name; those of the Hugging Face Hub are named "
-                         f"hf-hub:owner/name")
+                         "hf-hub:owner/name")
     if known in PACKAGED: return packaged_network(known).eval()
     try:
         with only_weights(): model = timm.create_model(known, pretrained=True, num_classes=0, **kwargs)
@@ -326,7 +326,7 @@ def check_same(
     apart = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     if not apart <= 1e-4:
         raise ValueError(f"{where} has the weights of this encoder but computes other features ({apart:.1e} of the largest apart): its "
-                         f"activation or norm is another")
+                         "activation or norm is another")
 
 # %% ../../nbs/models/weights.ipynb #c043
 def choose_heads(
@@ -421,8 +421,8 @@ def load_method(
     state, own = method_state(state, where), method.state_dict()
     missing = sorted(k for k in own.keys() - state.keys() if not k.endswith("pos_embed") and k != "center")
     unknown = sorted(state.keys() - own.keys())
-    shapes = [f"{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} here" for k,
-              v in state.items() if k in own and v.shape != own[k].shape]
+    shapes = [f"{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} here"
+              for k, v in state.items() if k in own and v.shape != own[k].shape]
     if missing or unknown or shapes:
         raise ValueError(f"{where} does not fit this {type(method).__name__}. Missing: {missing[:4]}; unknown: {unknown[:4]}; other "
                          f"shapes: {shapes[:4]}")
@@ -509,7 +509,7 @@ def described(config:dict)->str:
     if m["arch"] != "vit": return f"{m['arch']} of timm, images of {config['image_size']} px, mean {config['mean']}, std {config['std']}"
     token = "a" if config["form"]["class_token"] else "no"
     return (f"{i['layout']} layout, {m['depth']} blocks, {m['embed_dim']} wide, {m['num_heads']} heads ({i['num_heads']}), {token} class "
-            f"token, "
+            "token, "
             f"images of {config['image_size']} px in patches of {m['patch_size']}, positions {i['positions']}, "
              f"mean {config['mean']}, std {config['std']}")
 

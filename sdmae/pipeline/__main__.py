@@ -10,6 +10,7 @@ __all__ = ['STAGES', 'need', 'prepare', 'pretrain', 'config_of', 'applies', 'eva
 import argparse, json, subprocess, sys
 from pathlib import Path
 from ..params import eval_of, load_params, project_root, run_of, store_of
+from ..methods.registry import PROBED_ONLY
 from .run import NotebookFailed, parse_value, run
 
 # %% ../../nbs/pipeline/main.ipynb #n005
@@ -49,7 +50,7 @@ def applies(
 )->bool:
     "Whether a protocol can be used on a task with an encoder."
     recipe = json.loads((project_root()/"build"/"tasks"/f"{protocol}-{task}.json").read_text())["recipe"]
-    return recipe is not None and (protocol == "probe" or encoder["method"] not in ("histogram", "supervised"))
+    return recipe is not None and (protocol == "probe" or encoder["method"] not in PROBED_ONLY)
 
 # %% ../../nbs/pipeline/main.ipynb #s002
 def evaluate(study:str, protocol:str, task:str, encoder:str, seed:int):
@@ -78,7 +79,7 @@ def report(study:str):
     need(*{store_of(P.tasks[t].data) for t in P.compare[study].tasks}, f"runs/{study}", f"evals/{study}")
     run("build/notebooks/report.ipynb", f"{out}/notebook.ipynb",
         dict(params="params.yaml", study=study, out=out, metrics=f"metrics/{study}"))
-    html(project_root()/out/"notebook.ipynb", project_root()/out/"index.html")
+    html(project_root()/out/"notebook.ipynb", project_root()/out/"index.html", title=P.compare[study].title)
 
 # %% ../../nbs/pipeline/main.ipynb #n011
 STAGES = dict(prepare=(prepare, ("data",)), pretrain=(pretrain, ("study", "encoder", "seed")),

@@ -47,14 +47,16 @@ def readme(
 def html(
     path:str|Path,   # executed notebook
     out:str|Path,    # page
-    code:bool=False  # show the code cells
+    code:bool=False, # show the code cells
+    title:str=""     # takes the place of the notebook's own
 )->Path:
     "An executed notebook as one HTML page: pictures inside, nothing loaded from elsewhere."
     import nbformat
     from nbconvert import HTMLExporter
     nb = nbformat.read(path, as_version=4)
+    if title: nb.cells[0].source = f"# {title}"
     page, _ = HTMLExporter(exclude_input=not code, exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url="",
-                           require_js_url="").from_notebook_node(nb, resources=dict(metadata=dict(name=Path(out).stem)))
+                           require_js_url="").from_notebook_node(nb, resources=dict(metadata=dict(name=title or Path(out).stem)))
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text(page, encoding="utf8")
     return Path(out)

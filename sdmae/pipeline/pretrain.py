@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_config', 'made_of', 'feature_watch', 'process_group', 'make_batches', 'make_trainer', 'save_run', 'build',
-           'answers', 'train', 'check_asked', 'pretrain', 'num_processes', 'launch', 'first_error', 'arguments',
-           'end_with_torchrun', 'main']
+           'answers', 'train', 'pretrain', 'num_processes', 'launch', 'first_error', 'arguments', 'end_with_torchrun',
+           'main']
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c002
 import argparse, ctypes, json, os, signal, subprocess, sys, tempfile, time
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
-from ..params import PROTOCOLS, Params, load_params, project_root, resolved, run_of, store_of
+from ..params import Params, load_params, project_root, run_of, store_of
 from ..data.store import TileStore
 from ..data.shards import ShardBatches, Shards
 from ..views.augment import MEAN, STD
@@ -100,14 +100,12 @@ def make_trainer(
     P:Params, name:str, seed:int,
     model, store:TileStore, config:dict,
     device:torch.device, precision:torch.dtype|None,
-    callbacks:tuple # beside what is watched and logged
+    callbacks:tuple
 )->Trainer:
     "The engine with what a pre-training needs; its checkpoint is found by `config`."
     p = P.encoders[name].pretrain
     return Trainer(model, make_batches(P, name, seed, model, store, device), method_params(P, name).optim, p.epochs, device, precision,
-                   p.accumulate,
-                   callbacks=(*callbacks, Watch(p.watch_every,
-                                                feature_watch(store, device, precision))), desc=f"pre-training {name}, seed {seed}",
+                   p.accumulate, callbacks=callbacks, desc=f"pre-training {name}, seed {seed}",
                    checkpoint=project_root()/"checkpoints"/f"{name}-{seed}-{fingerprint(config)}.pt",
                    checkpoint_minutes=p.checkpoint_minutes, made_of=made_of(config))
 
@@ -148,24 +146,14 @@ def answers(store:TileStore, section)->dict:
 
 # %% ../../nbs/pipeline/pretrain.ipynb #n004
 def train(P, name, seed, model, store, config, device, precision, live:Path)->tuple[list,dict]: # history, pictures by epoch
-    "Train to the end, with pictures where the method makes any."
+    "Train to the end, watched and logged, with pictures where the method makes any."
     p = P.encoders[name].pretrain
     fixed = np.random.default_rng(0).permutation(store.indices("valid"))[:8]
-    pictures = Reconstructions(p.watch_every, store.batch(fixed)) if hasattr(model, "reconstruct") else None
+    pictures, watch = Reconstructions(p.watch_every, store.batch(fixed)), Watch(p.watch_every, feature_watch(store, device, precision))
     if p.compile: compile_blocks(model)
     torch.manual_seed(seed)
-    trainer = make_trainer(P, name, seed, model, store, config, device, precision, (pictures,) if pictures else ())
-    trainer.callbacks += (LiveLog(live),)
-    return trainer.fit(), pictures.pictures if pictures else {}
-
-# %% ../../nbs/pipeline/pretrain.ipynb #n007
-def check_asked(P:Params, study:str, data:str, store:TileStore):
-    "Raises `ValueError` where a task of the comparison asks this data for more labels than it has."
-    for name in P.compare[study].tasks if study in P.compare else []:
-        task, recipes = P.tasks[name], resolved("task", P.task, name)
-        for protocol in P.protocols if task.data == data else []:
-            labels = getattr(getattr(task, protocol), "labels", None)
-            if labels: store.check_labels(labels, f"{PROTOCOLS[protocol]}.{recipes[protocol]}.labels", task.target)
+    trainer = make_trainer(P, name, seed, model, store, config, device, precision, (pictures, watch, LiveLog(live)))
+    return trainer.fit(), pictures.pictures
 
 # %% ../../nbs/pipeline/pretrain.ipynb #n005
 def pretrain(
@@ -183,7 +171,6 @@ def pretrain(
     precision = pick_precision(P.precision, device)
     with process_group(device):
         store = TileStore(root/(tiles or store_of(e.data))).to(device)
-        check_asked(P, study, e.data, store)
         model, config = build(P, encoder, seed, store, device), run_config(P, encoder, seed, store, device, precision)
         config |= getattr(model, "normalization", {}) # weights from elsewhere bring their own mean and std
         history, pictures = [], {}

@@ -34,7 +34,7 @@ def defaults(
     tagged = [c for c in nb["cells"] if "parameters" in c.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         raise ValueError(f"{name}: {len(tagged)} cells have the tag `parameters`, exactly one must: add it in JupyterLab (property "
-                         f"inspector, cell tags)")
+                         "inspector, cell tags)")
     values = {}
     for node in ast.parse(source(tagged[0])).body:
         names = [t.id for t in getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(t, ast.Name)]
@@ -138,7 +138,7 @@ def run(
     except KeyboardInterrupt: raise
     except Exception as e:
         raise NotebookFailed(f"{why(e, path.name)}\nThe notebook as far as it came: {partial.relative_to(root)}. Earlier results that DVC "
-                             f"took away come back with `dvc checkout`.") from e
+                             "took away come back with `dvc checkout`.") from e
     original = root/"nbs"/"pipeline"/nb["metadata"].get("source", "-")
     executed = read_notebook(partial)
     write_notebook(with_prose(executed, read_notebook(original)) if original.is_file() else executed, out)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tqdm import tqdm
 from ..params import Params, load_params, project_root, store_of
+from ..methods.registry import PROBED_ONLY
 
 # %% ../../nbs/pipeline/schedule.ipynb #n005
 START, PER_TOKEN = 6., 6e-10 # seconds: until a stage computes; for a token of an image, a block, and a weight of its square
@@ -31,7 +32,7 @@ def seconds(P:Params, encoder:str, images:float)->float:
 def evaluation(P:Params, encoder:str, protocol:str, task:str)->float:
     "A guess of the seconds of one protocol on one task."
     e, recipe = P.encoders[encoder], getattr(P.tasks[task], protocol)
-    if not recipe or protocol != "probe" and e.method in ("histogram", "supervised"): return 1.
+    if not recipe or protocol != "probe" and e.method in PROBED_ONLY: return 1.
     if protocol != "finetune": return START
     passes = [max(recipe.epochs*train_tiles(P.tasks[task].data), recipe.min_steps*recipe.batch_size) for _ in recipe.labels]
     return seconds(P, encoder, sum(passes)*(1 + recipe.scratch_factor if e.method == "random" else 1))

@@ -153,7 +153,7 @@ def index_files(
     for n in images:
         if key(n) is None:
             raise ValueError(f"{place}: {n}: {tables[0] + ' has no row for it' if tables else 'no mammogram is named in its path'}. Take "
-                             f"the file out, or correct the name.")
+                             "the file out, or correct the name.")
         out.setdefault(key(n), []).append(n)
     return out
 
@@ -170,7 +170,7 @@ def read_grey(
         if pixels.ndim != 2: raise ValueError(f"{pixels.shape} pixels, expected one grey image")
     except (InvalidDicomError, AttributeError, KeyError, NotImplementedError, RuntimeError, ValueError, OSError) as e:
         raise ValueError(f"{path}: truncated, or not a DICOM image that can be read ({e}). Get it again; compressed files need `pip "
-                         f"install pylibjpeg pylibjpeg-libjpeg`.") from e
+                         "install pylibjpeg pylibjpeg-libjpeg`.") from e
     return pixels.max() - pixels if d.get("PhotometricInterpretation") == "MONOCHROME1" else pixels
 
 # %% ../../nbs/sources/cbis.ipynb #c026

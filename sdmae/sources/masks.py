@@ -48,7 +48,7 @@ def decode_mask(
     if lossy: raise ValueError(f"{path}: JPEG blurs the edges of a mask. Give it as PNG or TIFF.")
     if mask.ndim != 2 or mask.dtype.kind not in "bui":
         raise ValueError(f"{path}: a mask has one channel of whole numbers, this image is of type {mode}. Save it as 8-bit mask or 16-bit "
-                         f"labels.")
+                         "labels.")
     if mask.dtype.itemsize == 1: return mask.astype(np.uint8)
     if mask.min() < 0 or mask.max() > 65535:
         raise ValueError(f"{path}: numbers from {mask.min()} to {mask.max()}; 16-bit labels run from 0 to 65535.")
@@ -107,7 +107,7 @@ def slide_of(
     if match and not match.re.groups: raise ValueError(f"masks.group {group!r} has no group: put what names the slide in parentheses.")
     if not match or not match[1]:
         raise ValueError(f"{path}: masks.group {group!r} finds no slide in {name!r}. Change the expression; ^(.+)$ makes every image a "
-                         f"slide of its own.")
+                         "slide of its own.")
     return match[1]
 
 # %% ../../nbs/sources/masks.ipynb #c019
@@ -135,7 +135,7 @@ def read_pairs(
         size, mask_size = size_of(place, file, shown), size_of(place, mask, mask_shown)
         if size != mask_size:
             raise ValueError(f"{shown} is {size[0]} × {size[1]} px, {mask_shown} is {mask_size[0]} × {mask_size[1]} px: they do not belong "
-                             f"together.")
+                             "together.")
         pairs.append(Pair(name, slide_of(PurePosixPath(name).name, group, shown), read, partial(read_mask, place, mask, mask_shown)))
     return pairs
 
@@ -148,8 +148,8 @@ def save_pairs(
     "Write `images.npz`, `table.csv` and `manifest.json`; the folder appears when it is whole."
     out = Path(out); part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
-    np.savez(part/"images.npz", **{f"{kind}_{i}": read() for i, p in enumerate(pairs) for kind,
-                                   read in (("image", p.read), ("mask", p.read_mask))})
+    np.savez(part/"images.npz", **{f"{kind}_{i}": read() for i, p in enumerate(pairs)
+                                   for kind, read in (("image", p.read), ("mask", p.read_mask))})
     pd.DataFrame([(p.name, p.slide) for p in pairs], columns=["name", "slide"]).to_csv(part/"table.csv", index=False)
     digest = hashlib.sha256((part/"images.npz").read_bytes()).hexdigest()
     (part/"manifest.json").write_text(json.dumps(dict(name=name, images=len(pairs), slides=len({p.slide for p in pairs}), sha256=digest),
@@ -163,8 +163,8 @@ def load_pairs(
     "The images of a prepared folder. Raises `FileNotFoundError` where it is not there."
     if not (Path(folder)/"images.npz").is_file(): raise FileNotFoundError(f"{folder} holds no prepared images: `dvc repro` makes them")
     arrays, table = np.load(Path(folder)/"images.npz"), pd.read_csv(Path(folder)/"table.csv", dtype=str)
-    return [Pair(r.name, r.slide, partial(arrays.__getitem__, f"image_{i}"), partial(arrays.__getitem__, f"mask_{i}")) for i,
-            r in enumerate(table.itertuples(index=False))]
+    return [Pair(r.name, r.slide, partial(arrays.__getitem__, f"image_{i}"), partial(arrays.__getitem__, f"mask_{i}"))
+            for i, r in enumerate(table.itertuples(index=False))]
 
 # %% ../../nbs/sources/masks.ipynb #c025
 def split_by_group(
@@ -176,7 +176,7 @@ def split_by_group(
     slides = sorted({p.slide for p in pairs})
     if len(slides) < 2:
         raise ValueError(f"one slide only ({', '.join(slides)}, {len(pairs)} images): whole slides are held out, so two are needed. Does "
-                         f"masks.group name the slide?")
+                         "masks.group name the slide?")
     drawn = draw_share([Record(p.name, "", "", p.slide, "", p.read) for p in pairs], test_fraction, seed)
     train, test = ([p for i, p in enumerate(pairs) if (i in drawn) == side] for side in (False, True))
     return train, test, sorted({p.slide for p in test})

@@ -51,10 +51,10 @@ def _nct_place(folder, stems):
     found = [folder/f"{s}{e}" for s in stems for e in (".zip", "") if (folder/f"{s}{e}").exists()]
     if not found:
         raise FileNotFoundError(f"{folder}: {' or '.join(s + '.zip' for s in stems)} (or its unpacked folder) is missing. Get it from "
-                                f"Zenodo record 1214456.")
+                                "Zenodo record 1214456.")
     if len(found) > 1:
         raise ValueError(f"{folder}: {' and '.join(f.name for f in found)} both lie there. Point data.path at the training set you mean, "
-                         f"or move one away.")
+                         "or move one away.")
     return found[0]
 
 # %% ../../nbs/sources/publishers.ipynb #c011
@@ -167,8 +167,8 @@ def folder(
     layout = parse_layout([n for n,_,_ in images], path)
     records = [Record(shown, label, split, "", "", read) for (_,read,shown),(split,label) in zip(images, layout)]
     classes = sorted({r.label for r in records})
-    notes = [f"read {n} tiles in {len(classes)} classes from {path}{': ' + s if s else ''}" for s,
-             n in Counter(r.split for r in records).items()]
+    notes = [f"read {n} tiles in {len(classes)} classes from {path}{': ' + s if s else ''}"
+             for s, n in Counter(r.split for r in records).items()]
     return Source(data.name, records, classes, is_synthetic(path), notes)
 
 # %% ../../nbs/sources/publishers.ipynb #c026
@@ -190,7 +190,7 @@ def read_rows(
     wrong = ~splits.isin([*SPLIT_NAMES, ""]) | (splits.eq("") & splits.ne("").any())
     if wrong.any():
         raise ValueError(f"{path}: row {wrong.argmax()+2} has split {rows.split[wrong.argmax()]!r}; expected one of train, valid, test in "
-                         f"every row, or none at all.")
+                         "every row, or none at all.")
     return rows.assign(split=splits.map(lambda s: SPLIT_NAMES.get(s, "")))
 
 # %% ../../nbs/sources/publishers.ipynb #c027
@@ -238,7 +238,7 @@ def check_groups(
     first = f"group {torn[0]!r} is in {' and '.join(s for s in SPLITS if s in splits[torn[0]])}"
     if not publisher:
         raise ValueError(f"{first}: tiles of one patient or slide must stay in one split. Correct the column split, or leave it out to "
-                         f"have it drawn.")
+                         "have it drawn.")
     return [f"warning: groups in two splits, as their publisher has it: {len(torn)}; {first}"]
 
 # %% ../../nbs/sources/publishers.ipynb #c037
@@ -268,7 +268,7 @@ def check_splits(
         lacking = [c for c in classes if not counts[s,c]]
         if len(lacking) == len(classes):
             raise ValueError(f"{place}: the split {s!r} is empty. Give it tiles; where a set comes as train and val only, name val test: a "
-                             f"valid split that is missing is drawn from train by data.valid_fraction.")
+                             "valid split that is missing is drawn from train by data.valid_fraction.")
         if lacking and s == "train":
             raise ValueError(f"{place}: class {lacking[0]!r} has no tile in train. Add some, or name it in data.drop_classes.")
         if len(lacking) == len(classes) - 1:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from fastcore.basics import patch
 import numpy as np
 import torch
 from ..views.draws import rank_and_world
@@ -36,19 +37,26 @@ class Batches:
 
     def __len__(self): return len(self.idx) // self.batch_size
 
-    def rows(self, epoch:int, i:int)->np.ndarray: # this process's part of batch i
-        "The rows of one batch."
-        if self.order is None or self.order[0] != epoch: self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.idx)
-        whole, (rank, world) = self.order[1][i*self.batch_size:][:self.batch_size], rank_and_world()
-        return whole.reshape(self.parts, world, -1)[:, rank].ravel() if world > 1 else whole
-
-    def batch(self, epoch:int, i:int)->tuple:
-        "One batch, on the store's device."
-        rows = self.rows(epoch, i)
-        images = self.store.batch(rows)
-        return (images, self.store.targets(rows, self.task).to(images.device, non_blocking=True)) if self.task else (images,)
-
     resident = property(lambda self: getattr(self.store, "resident", True) is not None) # nothing to wait for
+
+# %% ../../nbs/train/batches.ipynb #n001
+@patch
+def rows(self:Batches,
+    epoch:int, i:int
+)->np.ndarray: # of the store; this process's part of batch i
+    "The rows of one batch."
+    if self.order is None or self.order[0] != epoch: self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.idx)
+    whole, (rank, world) = self.order[1][i*self.batch_size:][:self.batch_size], rank_and_world()
+    return whole.reshape(self.parts, world, -1)[:, rank].ravel() if world > 1 else whole
+
+@patch
+def batch(self:Batches,
+    epoch:int, i:int
+)->tuple: # images (n, C, H, W) uint8, and targets where a task is asked
+    "One batch, on the store's device."
+    rows = self.rows(epoch, i)
+    images = self.store.batch(rows)
+    return (images, self.store.targets(rows, self.task).to(images.device, non_blocking=True)) if self.task else (images,)
 
 # %% ../../nbs/train/batches.ipynb #c008
 def prefetch(

@@ -7,6 +7,7 @@ __all__ = ['MEAN', 'STD', 'channels', 'to_unit', 'normalize', 'rgb', 'center_res
 
 # %% ../../nbs/views/augment.ipynb #c002
 from functools import partial
+from fastcore.basics import patch
 import numpy as np
 import torch
 from torch import nn, Tensor
@@ -76,33 +77,41 @@ class Views(nn.Module):
         super().__init__()
         self.params, self.image_size = params, image_size
 
-    def geometry(self,
-        x:Tensor # (B, C, H, W) in [0, 1]
-    )->Tensor:   # (B, C, image_size, image_size) in [0, 1]
-        p, B = self.params, len(x)
-        boxes = random_boxes(B, *x.shape[-2:], p.scale, p.ratio, x.device)
-        x = crop_resize(x, boxes, self.image_size, p.interpolation).clamp(0, 1)
-        if p.hflip: x = flip_where(x, draw_rows(torch.rand, B, device=x.device) < 0.5, -1)
-        if p.vflip: x = flip_where(x, draw_rows(torch.rand, B, device=x.device) < 0.5, -2)
-        if p.rot90: x = turn(x, draw_rows(partial(torch.randint, 4), B, device=x.device))
-        if p.rotate or p.zoom != (1, 1):
-            u, (low, high) = draw_rows(torch.rand, 2, B, dim=1, device=x.device), p.zoom
-            x = rotate_zoom(x, (2*u[0] - 1)*p.rotate, low + (high - low)*u[1])
-        return x
-
-    def colour(self, x:Tensor)->Tensor:
-        p = self.params
-        if p.od_jitter: x = od_jitter(x, p.od_jitter)
-        if p.rand_augment: x = rand_augment(x, p.rand_augment)
-        elif p.color_jitter: x = color_jitter(x, p.color_jitter)
-        if p.intensity: x = shift(x, p.intensity)
-        if p.blur: x = blur(x, p.blur, p.blur_sigma)
-        if p.solarize: x = solarize(x, p.solarize)
-        if p.erasing: x = erase(rgb(x), p.erasing, channels(MEAN, x), channels(STD, x))
-        return x
-
     @torch.no_grad()
     def forward(self,
         images:Tensor # (B, 1 or 3, H, W) uint8
     )->Tensor:        # (B, 3, image_size, image_size) in [0, 1]
         with torch.autocast(images.device.type, enabled=False): return rgb(self.colour(self.geometry(to_unit(images))))
+
+# %% ../../nbs/views/augment.ipynb #n001
+@patch
+def geometry(self:Views,
+    x:Tensor # (B, C, H, W) in [0, 1]
+)->Tensor:   # (B, C, image_size, image_size) in [0, 1]
+    "Crop, flips, turns and zoom."
+    p, B = self.params, len(x)
+    boxes = random_boxes(B, *x.shape[-2:], p.scale, p.ratio, x.device)
+    x = crop_resize(x, boxes, self.image_size, p.interpolation).clamp(0, 1)
+    if p.hflip: x = flip_where(x, draw_rows(torch.rand, B, device=x.device) < 0.5, -1)
+    if p.vflip: x = flip_where(x, draw_rows(torch.rand, B, device=x.device) < 0.5, -2)
+    if p.rot90: x = turn(x, draw_rows(partial(torch.randint, 4), B, device=x.device))
+    if p.rotate or p.zoom != (1, 1):
+        u, (low, high) = draw_rows(torch.rand, 2, B, dim=1, device=x.device), p.zoom
+        x = rotate_zoom(x, (2*u[0] - 1)*p.rotate, low + (high - low)*u[1])
+    return x
+
+# %% ../../nbs/views/augment.ipynb #n003
+@patch
+def colour(self:Views,
+    x:Tensor # (B, C, H, W) in [0, 1]
+)->Tensor:   # the same; (B, 3, H, W) after RandAugment and erasing
+    "Stain, brightness, blur and erasing."
+    p = self.params
+    if p.od_jitter: x = od_jitter(x, p.od_jitter)
+    if p.rand_augment: x = rand_augment(x, p.rand_augment)
+    elif p.color_jitter: x = color_jitter(x, p.color_jitter)
+    if p.intensity: x = shift(x, p.intensity)
+    if p.blur: x = blur(x, p.blur, p.blur_sigma)
+    if p.solarize: x = solarize(x, p.solarize)
+    if p.erasing: x = erase(rgb(x), p.erasing, channels(MEAN, x), channels(STD, x))
+    return x
