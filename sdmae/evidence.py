@@ -21,7 +21,6 @@ from .evaluate.finetune import fit_classifier, predict
 from .evaluate.knn import fit_knn
 from .evaluate.linear import fit_linear
 from .evaluate.results import Task
-from .evaluate.statistics import scores
 from .report.names import Names
 from .report.provenance import device_name, git_state, package_versions
 from .report.reading import Predictions, read_curves, read_made, run_folders

@@ -3,7 +3,6 @@ import copy, json
 from functools import partial
 import numpy as np, pytest, timm, torch, torchvision
 from pydantic import ValidationError
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer

@@ -1,6 +1,6 @@
 """The house stands: notebooks, library, README, params.yaml and dvc.yaml agree with one another.
 Whatever writes works on a copy, so that a failing test never touches the tree."""
-import ast, json, os, re, shutil, subprocess, sys
+import ast, json, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ import yaml
 from sdmae.params import compose
 from sdmae.pipeline import __main__ as command_line
 from sdmae.pipeline.__main__ import main
-from sdmae.pipeline.code import computes, imported, imports_of, read_notebook, source, write_notebook
+from sdmae.pipeline.code import imported, imports_of, read_notebook, source, write_notebook
 from sdmae.pipeline.pages import html, readme, rebase
 from sdmae.pipeline.plan import NOTEBOOKS as STAGES
 from sdmae.pipeline.run import NotebookFailed, check_parameters, defaults, run, strip

@@ -10,7 +10,7 @@ from sdmae.params import EncoderForm, ModelParams, OptimParams
 from sdmae.models.decoders import DecoderParams
 from sdmae.models.heads import HeadParams
 from sdmae.models.encoders import build_encoder, load_encoder, save_encoder
-from sdmae.models.vit import Encoder, sincos1d
+from sdmae.models.vit import sincos1d
 from sdmae.models.weights import (encoder_weights, export_timm, find_encoder, import_encoder, load_method, main, only_weights, read_checkpoint, weights_in)
 from sdmae.methods.imported import Imported, ImportedParams
 from sdmae.methods.mae import MAE, MAEParams

@@ -7,7 +7,7 @@ __all__ = ['distill_loss', 'SDMAEParams', 'SDMAE', 'teacher_statistics']
 
 # %% ../../nbs/methods/sdmae.ipynb #c002
 import torch
-from torch import nn, Tensor
+from torch import Tensor
 from torch.nn import functional as F
 import torch.distributed as dist
 from typing import Literal

@@ -6,7 +6,6 @@
 __all__ = ['SupervisedParams', 'Supervised']
 
 # %% ../../nbs/methods/supervised.ipynb #n002
-import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch

@@ -7,7 +7,7 @@ __all__ = ['timm_network', 'check_convolutional', 'ConvEncoder']
 
 # %% ../../nbs/models/convnet.ipynb #c002
 from difflib import get_close_matches
-import timm, torch
+import timm
 from torch import nn, Tensor
 from fastcore.basics import patch
 

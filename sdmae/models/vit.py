@@ -7,7 +7,6 @@ __all__ = ['sincos1d', 'sincos2d', 'position_table', 'patchify', 'take', 'Encode
            'compile_blocks', 'has_attention', 'attention_maps']
 
 # %% ../../nbs/models/vit.ipynb #c002
-import math
 from functools import partial
 import torch
 from torch import nn, Tensor

@@ -8,7 +8,6 @@ __all__ = ['STAGES', 'need', 'prepare', 'pretrain', 'config_of', 'applies', 'eva
 
 # %% ../../nbs/pipeline/main.ipynb #n002
 import argparse, json, subprocess, sys
-from pathlib import Path
 from ..params import eval_of, load_params, project_root, run_of, store_of
 from ..methods.registry import PROBED_ONLY
 from .run import NotebookFailed, parse_value, run

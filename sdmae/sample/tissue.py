@@ -10,7 +10,6 @@ __all__ = ['TISSUES', 'EQUAL', 'CENTRES', 'TEST_CENTRE', 'smooth', 'spread', 'dr
 
 # %% ../../nbs/sample/tissue.ipynb #c002
 import io, os, zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from ..data.records import SYNTHETIC
-from ..sources.publishers import NCT_CLASSES, PCAM_CLASSES
+from ..sources.publishers import NCT_CLASSES
 
 # %% ../../nbs/sample/tissue.ipynb #c005
 def smooth(

@@ -9,7 +9,7 @@ __all__ = ['pick_device', 'pick_precision', 'autocast', 'lr_at', 'Callback', 'ma
 import math, os, time
 import torch
 import torch.distributed as dist
-from torch import nn, Tensor
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from pathlib import Path
 from contextlib import nullcontext
