@@ -11,7 +11,7 @@ import copy, hashlib, json, multiprocessing, os, shutil, tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, psutil, torch
+import numpy as np, pandas as pd, psutil, torch
 from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
@@ -356,8 +356,9 @@ def contact_sheet(
     store:TileStore,
     n:int=8,         # training tiles a class; half as many test tiles
     seed:int=0
-)->plt.Figure:
+)->"Figure": # matplotlib's
     "Random tiles of each class, train beside test."
+    import matplotlib.pyplot as plt # here, for every stage opens a store and few draw one
     rng, k, n_test = np.random.default_rng(seed), len(store.classes), max(1, n//2)
     fig, axes = plt.subplots(1, 2, figsize=(.75*(n+n_test)+1, .75*k+.8), width_ratios=[n,n_test], layout="constrained")
     for ax,split,m in zip(axes, ("train","test"), (n,n_test)):

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
 from .statistics import LabelScores, WeightedScores, scores
@@ -50,6 +49,7 @@ def check_labelled(
 # %% ../../nbs/evaluate/knn.ipynb #n000
 def _split(y, others, n, seed, groups)->list[tuple[np.ndarray, np.ndarray]]:
     "scikit-learn's folds of the tiles `others`, over groups where there are any."
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold # here, for pre-training needs kNN and no folds
     if groups is not None: groups = np.unique(np.asarray(groups)[others], return_inverse=True)[1]
     n = n if groups is None else min(n, groups.max() + 1)
     if n < 2: return []
