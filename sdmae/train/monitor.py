@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from dvclive import Live
 from .engine import Callback
 
 # %% ../../nbs/train/monitor.ipynb #c005
@@ -45,6 +44,7 @@ class LiveLog(Callback):
     def __init__(self, folder:str|Path): self.folder = str(folder)
 
     def before_fit(self, trainer):
+        from dvclive import Live # here, for it takes a while
         self.live = Live(self.folder, dvcyaml=None, report=None, save_dvc_exp=False, monitor_system=False)
         for row in trainer.history: self.log(row)
 
