@@ -22,7 +22,7 @@ from .evaluate.knn import fit_knn
 from .evaluate.linear import fit_linear
 from .evaluate.results import Task
 from .report.names import Names
-from .report.provenance import device_name, git_state, package_versions
+from .made import device_name, git_state, package_versions
 from .report.reading import Predictions, read_curves, read_made, run_folders
 
 # %% ../nbs/evidence.ipynb #c005

@@ -14,7 +14,8 @@ from sklearn.preprocessing import StandardScaler
 from sdmae.sample.tissue import CENTRES, TEST_CENTRE, make_sample, make_tile
 from sdmae.data.records import Record, Source, Task, quotas
 from sdmae.sources.publishers import NCT_CLASSES, open_source
-from sdmae.data.store import TileStore, contact_sheet, fit, prepare, sha256
+from sdmae.data.store import TileStore, contact_sheet, fit, prepare
+from sdmae.files import sha256
 from sdmae.evaluate.features import extract
 from sdmae.models.histogram import HistogramEncoder
 from sdmae.evaluate.linear import fit_linear

@@ -15,6 +15,7 @@ from sklearn.isotonic import IsotonicRegression
 
 matplotlib.use("agg")
 from scipy import stats
+from sdmae import made
 from sdmae.evaluate.results import Task, scored
 from sdmae.evaluate.statistics import METRICS, LabelScores, paired_bootstrap, scores
 from sdmae.models.encoders import build_encoder, save_encoder
@@ -192,14 +193,14 @@ MANIFEST = dict(name="two stains", synthetic=True, classes=["a","b"], image_size
 
 def test_provenance_knows_a_changed_commit(tmp_path):
     def git(*a): subprocess.run(["git","-C",str(tmp_path),"-c","user.name=n","-c","user.email=e@x",*a], check=True, capture_output=True)
-    assert pv.git_state(tmp_path) == "no git commit"
+    assert made.git_state(tmp_path) == "no git commit"
     git("init"); (tmp_path/"params.yaml").write_text("a: 1"); (tmp_path/"dvc.lock").write_text("1"); (tmp_path/"README.md").write_text("x")
     git("add","."); git("commit","-m","m")
-    assert re.fullmatch("[0-9a-f]{12}", pv.git_state(tmp_path))
+    assert re.fullmatch("[0-9a-f]{12}", made.git_state(tmp_path))
     for name in ("dvc.lock","README.md"): (tmp_path/name).write_text("2")
-    assert re.fullmatch("[0-9a-f]{12}", pv.git_state(tmp_path))
+    assert re.fullmatch("[0-9a-f]{12}", made.git_state(tmp_path))
     (tmp_path/"params.yaml").write_text("a: 2"); (tmp_path/"sdmae").mkdir(); (tmp_path/"sdmae"/"new.py").write_text("")
-    assert re.fullmatch("[0-9a-f]{12}, with 2 changed or new: params.yaml, sdmae/", pv.git_state(tmp_path))
+    assert re.fullmatch("[0-9a-f]{12}, with 2 changed or new: params.yaml, sdmae/", made.git_state(tmp_path))
 
 
 def test_provenance_says_what_made_the_numbers(tmp_path):

@@ -7,7 +7,7 @@ __all__ = ['IMAGES', 'members', 'index_shards', 'Shards', 'encoded', 'rows_of', 
            'arguments', 'main']
 
 # %% ../../nbs/data/shards.ipynb #c002
-import argparse, io, json, os, sys, tarfile, tempfile
+import argparse, io, json, os, sys, tarfile
 from bisect import bisect_left, bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +21,8 @@ from tqdm import tqdm
 from webdataset import ShardWriter
 
 from .records import Record, decode, list_files
-from .store import TileStore, fit, send, sha256, swap
+from .store import TileStore, fit, send
+from ..files import sha256, whole, write_json
 
 # %% ../../nbs/data/shards.ipynb #c005
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -54,11 +55,8 @@ def index_shards(
     table = np.array([(first, size) for each in found for _, first, size in each], np.int64)
     if not len(table): raise ValueError(f"{folder}: no image in its {len(files)} tars; expected files that end in {', '.join(IMAGES)}.")
     shards = [dict(file=f, images=len(each), bytes=(folder/f).stat().st_size, sha256=sha256(folder/f)) for f, each in zip(files, found)]
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".index-") as new:
-        np.save(Path(new)/"index.npy", table)
-        index = dict(images=len(table), shards=shards, sha256=sha256(Path(new)/"index.npy"))
-        (Path(new)/"index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-        for f in ("index.npy", "index.json"): os.replace(Path(new)/f, folder/f)
+    with whole(folder/"index.npy") as new, open(new, "wb") as f: np.save(f, table)
+    write_json(folder/"index.json", dict(images=len(table), shards=shards, sha256=sha256(folder/"index.npy")))
     return Shards(folder)
 
 # %% ../../nbs/data/shards.ipynb #c008
@@ -130,16 +128,14 @@ def write_shards(
     if folder.exists() and not (folder/"index.json").is_file():
         raise FileExistsError(f"{folder} exists and holds no shards. Remove it, or name another folder.")
     rows = np.random.default_rng(seed).permutation(rows_of(source, split))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        new = Path(temporary)/"new"; new.mkdir()
+    with whole(folder) as new:
+        new.mkdir()
         with ShardWriter(str(new/split).replace("%", "%%") + "-%06d.tar", maxsize=shard_mb*1e6, verbose=0, encoder=False, mtime=0) as w:
             for n, i in enumerate(tqdm(rows, desc="shards", unit="tile")):
                 tile, path, label = look(source, i)
                 about = json.dumps(dict(path=path, label=label), ensure_ascii=False).encode()
                 w.write({"__key__": f"{n:09d}", format: encoded(tile, format, quality), "json": about})
         index_shards(new)
-        swap(new, folder)
     return Shards(folder)
 
 # %% ../../nbs/data/shards.ipynb #c016
