@@ -6,8 +6,8 @@
 __all__ = ['SPLITS', 'SUFFIXES', 'SYNTHETIC', 'FORMATS', 'MAX_PIXELS', 'MAX_BYTES', 'ORIENTATION', 'KINDS', 'NOISE', 'WANTED',
            'NUMBER', 'UNKNOWN', 'Record', 'Task', 'Source', 'Unfit', 'named', 'opened', 'one_page', 'shallow', 'flat',
            'decode', 'open_file', 'bytes_of', 'read_bytes', 'read_image', 'first_look', 'size_of', 'other_kind',
-           'check_entry', 'open_zip', 'walk', 'kinds_of', 'left_out', 'check_names', 'list_files', 'list_images',
-           'is_synthetic', 'tidy', 'joined', 'look_alikes', 'draw_share', 'quotas']
+           'check_entry', 'open_zip', 'walk', 'kinds_of', 'left_out', 'zip_names', 'check_names', 'list_files',
+           'list_images', 'is_synthetic', 'tidy', 'joined', 'look_alikes', 'draw_share', 'quotas']
 
 # %% ../../nbs/data/records.ipynb #c002
 import io, os, re, tarfile, unicodedata, zipfile
@@ -72,7 +72,7 @@ def named(
     try: yield
     except Unfit: raise
     except Exception as e:
-        said = re.sub(r" ?<[^>]* object at \w+>", "", str(e)) or type(e).__name__
+        said = " ".join(re.sub(r"<[^>]* object at \w+>", "", str(e)).split()) or type(e).__name__
         raise ValueError(f"{path}: {fault} ({said}). {then}") from e
 
 # %% ../../nbs/data/records.ipynb #u003
@@ -88,7 +88,7 @@ def opened(
     try:
         with named(path): im = Image.open(file, formats=FORMATS)
     except ValueError as e:
-        if isinstance(e.__cause__, Image.DecompressionBombError): raise Unfit(f"{path}: {e.__cause__}. Cut it into tiles first.") from e
+        if isinstance(e.__cause__, Image.DecompressionBombError): raise Unfit(f"{path}: {e.__cause__} Cut it into tiles first.") from e
         raise
     w, h = im.size
     if w*h > MAX_PIXELS: raise Unfit(f"{path}: {w}×{h} px are too many for a tile, {MAX_PIXELS:,} at most. Cut it into tiles first.")
@@ -245,21 +245,22 @@ def open_zip(
 # %% ../../nbs/data/records.ipynb #u011
 def walk(
     folder:Path
-)->tuple[list[str], list[str], list[str]]: # names of files, of links to nothing and other odd things, of links that lead back
+)->tuple[list[str],...]: # names of files, of links to nothing and other odd things, of links that lead back, of empty folders
     "Everything below a folder, links followed; `ValueError` where one folder is reached twice."
-    files, odd, back = [], [], []
+    files, odd, back, empty = [], [], [], []
     same = lambda p: (s := os.stat(p)) and (s.st_dev, s.st_ino)
     todo, reached = [(folder, "", {same(folder)})], {same(folder): "."}
     while todo:
         here, above, over = todo.pop()
-        for e in os.scandir(here):
-            name = above + e.name
-            if e.is_file(): files.append(name)
-            elif not e.is_dir(): odd.append(name)
-            elif (at := same(e.path)) in over: back.append(name)
+        inside = [(above + e.name, e.path) for e in os.scandir(here)]
+        if not inside: empty.append(above)
+        for name, path in inside:
+            if os.path.isfile(path): files.append(name)
+            elif not os.path.isdir(path): odd.append(name)
+            elif (at := same(path)) in over: back.append(name)
             elif at in reached: raise ValueError(f"{folder}: {reached[at]} and {name} are one folder. Take one of the links away.")
-            else: reached[at] = name; todo.append((e.path, f"{name}/", over | {at}))
-    return files, odd, back
+            else: reached[at] = name; todo.append((path, f"{name}/", over | {at}))
+    return files, odd, back, empty
 
 # %% ../../nbs/data/records.ipynb #c019
 def _hidden(name): return any(p.startswith((".", "__MACOSX")) or p in ("Thumbs.db", "desktop.ini") for p in PurePosixPath(name).parts)
@@ -278,15 +279,25 @@ def kinds_of(
 # %% ../../nbs/data/records.ipynb #u012
 def left_out(
     others:list[str],           # names of files of other endings, or hidden
-    back:list[str]=()           # links that lead back
+    back:list[str]=(),          # links that lead back
+    empty:list[str]=()          # folders
 )->list[str]:                   # notes
     "What lies there and is not read, so that nobody has to find out; a warning where it was likely meant as data."
     notes, told = [], [n for n in others if not _noise(n)]
     if told:
         warn = "warning: "*any(n.lower().endswith(WANTED) for n in told)
         notes.append(f"{warn}{len(told)} file{'s were' if len(told) > 1 else ' was'} not read: {kinds_of(told)}")
-    if back: notes.append(f"warning: {len(back)} links lead back to a folder above them and were not followed, the first is {min(back)}")
+    if back: notes.append(f"warning: links back to a folder above them, not followed: {len(back)}; the first is {min(back)}")
+    if empty := [e for e in empty if not _hidden(e)]: notes.append(f"warning: empty folders: {len(empty)}; the first is {min(empty)}")
     return notes
+
+def zip_names(
+    archive:Path
+)->tuple[list[str],...]: # as `walk`
+    "Everything in a zip; errors as `open_zip`."
+    folders, files = ([i.filename for i in open_zip(archive).infolist() if i.is_dir() == side] for side in (True, False))
+    full = {str(p) for n in (*files, *folders) for p in PurePosixPath(n).parents}
+    return files, [], [], [f for f in folders if str(PurePosixPath(f)) not in full]
 
 def check_names(names:list[str], place:Path):
     "`ValueError` for a name that is there twice, as a zip allows, or that cannot be written down."
@@ -303,7 +314,7 @@ def list_files(
 )->list[str]:                           # names inside, sorted
     "Every file with one of the suffixes, hidden ones left out. `FileNotFoundError` where there is nothing, or a link to nothing."
     if not place.exists(): raise FileNotFoundError(f"{place} does not exist. Put the data there, or change data.path.")
-    files, odd, back = walk(place) if place.is_dir() else ([i.filename for i in open_zip(place).infolist() if not i.is_dir()], [], [])
+    files, odd, back, empty = walk(place) if place.is_dir() else zip_names(place)
     fits = lambda n: not _hidden(n) and n.lower().endswith(suffixes)
     names, others = sorted(filter(fits, files)), sorted(n for n in files if not fits(n))
     if gone := sorted(n for n in odd if not _hidden(n) and (fits(n) or not PurePosixPath(n).suffix)):
@@ -315,7 +326,7 @@ def list_files(
         raise FileNotFoundError(f"{place}: nothing in it that ends in {', '.join(suffixes)}."
                                 + f" It holds {kinds_of(there)}."*bool(there) + way)
     check_names(names, place)
-    if notes is not None: notes += left_out([*others, *odd], back)
+    if notes is not None: notes += left_out([*others, *odd], back, empty)
     return names
 
 # %% ../../nbs/data/records.ipynb #c020
@@ -340,7 +351,7 @@ def tidy(
     text:str
 )->str:
     "Text with its spaces trimmed and single, without invisible characters, accents in Unicode's composed form."
-    return re.sub(r"\s+", " ", re.sub("[\u200b-\u200f\u2060\ufeff\u00ad]", "", unicodedata.normalize("NFC", text))).strip()
+    return re.sub(r"\s+", " ", re.sub("[\x00-\x08\x0e-\x1b\x7f\u200b-\u200f\u2060\ufeff\u00ad]", "", unicodedata.normalize("NFC", text))).strip()
 
 # %% ../../nbs/data/records.ipynb #u019
 NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")

@@ -19,8 +19,8 @@ from pathlib import Path, PurePosixPath
 import h5py, numpy as np, pandas as pd
 from .cbis import cbis
 from ..data.copies import bound
-from ..data.records import MAX_BYTES, MAX_PIXELS, Record, SPLITS, SYNTHETIC, Source, draw_share, is_synthetic, joined, list_images
-from ..data.records import look_alikes, named, quotas, read_image, tidy
+from ..data.records import MAX_BYTES, MAX_PIXELS, Record, SPLITS, SYNTHETIC, Source, Unfit, draw_share, is_synthetic, joined
+from ..data.records import list_images, look_alikes, named, quotas, read_image, tidy
 from ..params import DataParams, project_root
 
 # %% ../../nbs/sources/publishers.ipynb #c004
@@ -147,8 +147,7 @@ def check_written(
     file:Path,
     x:h5py.Dataset
 ):
-    "`ValueError` for a dataset whose pixels are not in the file, or not all of them, or packed in pieces too large to unpack."
-    if x.external or x.is_virtual: raise ValueError(f"{file}: its pixels are said to lie in another file. Do not use it; get it again.")
+    "`ValueError` for a dataset that is not in the file to its end, or packed in pieces too large to unpack."
     if np.prod(x.chunks or x.shape[1:], dtype=float)*x.dtype.itemsize > MAX_BYTES:
         raise ValueError(f"{file}: {x.name} {x.shape} is kept in pieces of {x.chunks}, too large to be read. Get the file again.")
     whole = np.prod([-(-n//c) for n, c in zip(x.shape, x.chunks)]) if x.chunks else x.nbytes
@@ -159,9 +158,11 @@ def _h5_array(file, key):
     "Dataset `key` of an HDF5 file, open, as far as can be told without reading it."
     f = _h5_file(file)
     with named(file, "not an HDF5 file, or truncated", "Get it again."):
-        link = f.get(key, getlink=True)
-        x = f[key] if isinstance(link, h5py.HardLink) else None
-    if not isinstance(x, h5py.Dataset): raise ValueError(f"{file}: no dataset {key!r} in it, only {sorted(f)}.")
+        if key not in f: raise Unfit(f"{file}: no dataset {key!r} in it, only {sorted(f)}.")
+        x = f[key]
+    if not isinstance(x, h5py.Dataset): raise ValueError(f"{file}: {key!r} is no dataset. Get the file again.")
+    if x.file.filename != f.filename or x.external or x.is_virtual:
+        raise ValueError(f"{file}: {key!r} is said to lie in another file. Do not use it; get it again.")
     if not x.shape: raise ValueError(f"{file}: {key} is {x.dtype} {x.shape}, expected an array with a row for each tile.")
     return x
 
@@ -180,7 +181,7 @@ def read_table(
     twice = [c for c in rows.columns if c.removesuffix(".1") in rows.columns and c.endswith(".1")]
     twice += [c for c, n in Counter(rows.columns).items() if n > 1]
     if twice: raise ValueError(f"{path}: the column {twice[0].removesuffix('.1')!r} is there twice. Keep one of them.")
-    rows = rows.map(tidy).set_axis(range(2, len(rows)+2))
+    rows = rows.apply(lambda c: c if c.name == "path" else c.map(tidy)).set_axis(range(2, len(rows)+2)) # names of files stay
     return rows[rows.ne("").any(axis=1)]
 
 def _pcam_slides(file, labels):
@@ -238,6 +239,7 @@ def _pcam_official(path):
         notes += [f"read {len(records)} tiles in 2 classes from {path/stem(s)}_x.h5: {s}", *more]
         if not synthetic and len(records) != PCAM_TILES[s]:
             notes.append(f"warning: {s} has {len(records)} tiles, {PCAM_TILES[s]} were published")
+    if len(bare) == len(found): notes.append(f"the slides of its tiles are not known: no {stem('*')}_meta.csv")
     return [r for records, _ in found.values() for r in records], synthetic, notes
 
 # %% ../../nbs/sources/publishers.ipynb #c021
@@ -255,11 +257,11 @@ def pcam(
     if places:
         records, synthetic, notes = _pcam_official(places[0])
         return Source(data.name, records, PCAM_CLASSES, synthetic, notes, publisher=True)
-    source = folder(path, data)
+    source, records = folder(path, data), []
     for r in source.records:
-        if r.label.lower() not in PCAM_LABELS:
-            raise ValueError(f"{r.path}: label {r.label!r} is out of range; expected 0 or 1, normal or tumor.")
-    records = [replace(r, label=PCAM_LABELS[r.label.lower()]) for r in source.records]
+        label = PCAM_LABELS.get(re.sub(r"\.0+$", "", r.label.lower()))
+        if label is None: raise ValueError(f"{r.path}: label {r.label!r} is out of range; expected 0 or 1, normal or tumor.")
+        records.append(replace(r, label=label))
     return replace(source, records=records, classes=PCAM_CLASSES, publisher=True)
 
 # %% ../../nbs/sources/publishers.ipynb #c024
@@ -289,13 +291,14 @@ def read_rows(
     rows = read_table(path)
     lacking = {"path","label"} - set(rows.columns)
     if lacking: raise ValueError(f"{path}: column {sorted(lacking)[0]!r} is missing; there are {list(rows.columns)}.")
+    if not len(rows): raise ValueError(f"{path}: no row in it, so no class.")
     unused = [c for c in rows.columns if c not in ("path", "label", "group", "split", "centre") and not c.startswith("unnamed:")]
     warn = "warning: "*("group" not in rows and any(w in c for c in unused for w in GROUP_LIKE))
     notes = [f"{warn}columns that are not used: {', '.join(unused)}" + "; one that says who belongs together must be called group"*bool(warn)]
     for c in ("group","split","centre"):
         if c not in rows: rows[c] = ""
     for c in ("path","label"):
-        if (rows[c] == "").any(): raise ValueError(f"{path}: row {(rows[c] == '').idxmax()} has no {c}.")
+        if (none := rows[c].str.strip() == "").any(): raise ValueError(f"{path}: row {none.idxmax()} has no {c}.")
     splits = rows.split.str.lower()
     wrong = ~splits.isin([*SPLIT_NAMES, ""]) | (splits.eq("") & splits.ne("").any())
     if wrong.any():
@@ -307,8 +310,8 @@ def read_rows(
 def spelled(
     folder:Path, name:str
 )->str|None:        # None: there is no such file
-    "A file's name as the disk has it: accents may be composed or not, folders parted as Windows does."
-    ways = (name, name.replace("\\", "/"))
+    "A file's name as the disk has it: with stray spaces, accents composed or not, folders parted as Windows does."
+    ways = (name, name.strip(), tidy(name), tidy(name).replace("\\", "/"))
     return next((w for n in ways for w in (n, *(unicodedata.normalize(f, n) for f in ("NFC", "NFD"))) if (folder/w).is_file()), None)
 
 def once(
@@ -324,7 +327,7 @@ def once(
                                  f"{same[c].iloc[0]!r} and {same[c][other]!r}. Keep one of the rows.")
     again = rows.index[rows.duplicated(["file", "split"])]
     if not len(again): return rows, []
-    return rows.drop(again), [f"warning: {len(again)} rows name a file a second time and were left out, the first is row {again[0]}"]
+    return rows.drop(again), [f"warning: rows that name a file a second time, left out: {len(again)}; the first is row {again[0]}"]
 
 # %% ../../nbs/sources/publishers.ipynb #c027
 def csv(
@@ -500,9 +503,10 @@ def drawn_splits(
     have = {r.split for r in records}
     drawn = {"valid", "test"} if have == {""} else {"valid"} - have
     if not drawn: return records, drawn, []
-    groups = bound(records)
-    n = sum(g != r.group for g, r in zip(groups, records))
-    told = assign_splits([replace(r, group=g) for r, g in zip(records, groups)], data.valid_fraction, data.seed)
+    pool = [i for i, r in enumerate(records) if r.split in ("", "train")]
+    groups = dict(zip(pool, bound([records[i] for i in pool])))
+    n = sum(g != records[i].group for i, g in groups.items())
+    told = assign_splits([replace(r, group=groups.get(i, r.group)) for i, r in enumerate(records)], data.valid_fraction, data.seed)
     records = [replace(r, split=t.split) for r, t in zip(records, told)]
     return records, drawn, [f"{n} tiles are equal files, or of groups that share one; the split keeps them together"]*bool(n)
 
