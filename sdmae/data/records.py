@@ -238,8 +238,9 @@ def open_zip(
     "The archive; `ValueError` if it is no zip or truncated, or as `check_entry`."
     try: z = _zip(archive)
     except Exception as e: # zipfile raises many kinds
+        if archive.suffix.lower() == ".csv": raise ValueError(f"{archive}: a CSV, which data.adapter csv reads.") from e
         if kind := other_kind(archive):
-            raise ValueError(f"{archive}: a {kind} file, expected a folder or a zip. Unpack it, and name the folder in data.path.") from e
+            raise ValueError(f"{archive}: of kind {kind}, expected a folder or a zip. Unpack it, and name the folder in data.path.") from e
         raise ValueError(f"{archive}: not a zip, or truncated ({e}). Get it again.") from e
     for i in z.infolist(): check_entry(archive, i)
     return z

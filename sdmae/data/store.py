@@ -92,8 +92,9 @@ COLUMNS = ["path", "label", "target", "group", "split", "centre"]
 def make_table(
     source:Source
 )->pd.DataFrame: # one row a tile, columns `COLUMNS` and one for each further task
-    "What the tiles are, in the order of the tiles."
+    "What the tiles are, in the order of the tiles. `ValueError` for a name that a CSV cannot hold."
     number = {c:i for i,c in enumerate(source.classes)}
+    if odd := [r.path for r in source.records if "\r" in r.path]: raise ValueError(f"{odd[0]!r}: a carriage return in a name. Rename the file.")
     rows = [(r.path, r.label, number[r.label], r.group, r.split, r.centre, *(r.labels.get(t, "") for t in source.tasks))
             for r in source.records]
     return pd.DataFrame(rows, columns=[*COLUMNS, *source.tasks])
@@ -174,8 +175,8 @@ def prepare(
     with whole(folder) as new:
         new.mkdir()
         np.lib.format.open_memmap(new/"tiles.npy", "w+", np.uint8, (n,size,size,channels)).flush()
-        jobs = [(new/"tiles.npy", i, source.records[i:i+256], data.crop) for i in range(0, n, 256)]
-        done, table = run_all(jobs, workers or (cores() if n >= 2000 else 1)), make_table(source)
+        table, jobs = make_table(source), [(new/"tiles.npy", i, source.records[i:i+256], data.crop) for i in range(0, n, 256)]
+        done = run_all(jobs, workers or (cores() if n >= 2000 else 1))
         hashes, rings = (np.concatenate(m) for m in list(zip(*done))[-2:])
         notes = check_copies(table, hashes, rings, refuse=not source.publisher and data.copies == "refuse")
         table.to_csv(new/"table.csv", index=False)
