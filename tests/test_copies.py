@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 
-from sdmae.data.copies import bound, compare, mark, near_copies, same_files
+from sdmae.data.copies import compare, mark, near_copies, on_rings
 from sdmae.data.records import Record, Source
 from sdmae.data.store import prepare
 from sdmae.params import DataParams
@@ -29,7 +29,7 @@ def saved(tile, form="PNG", **kwargs):
 
 def again(tile, quality=60): return np.asarray(Image.open(io.BytesIO(saved(tile, "JPEG", quality=quality))))
 
-def rings(tiles): return np.stack([mark(np.ascontiguousarray(t))[1] for t in tiles])
+def rings(tiles): return on_rings(np.stack([mark(np.ascontiguousarray(t))[1] for t in tiles]))
 
 def source(tiles, splits, labels=None, publisher=False, channels=3):
     records = [Record(f"{i}.png", (labels or "ab"*len(tiles))[i], s, "", "", partial(np.copy, t)) for i, (t, s) in enumerate(zip(tiles, splits))]

@@ -618,6 +618,13 @@ def test_zip_of_windows(tmp_path):
     s = open_source(params(tmp_path/"w.zip"))
     assert s.classes == ["a","b"] and len(s.records) == 20 and [r.read().mean() for r in s.records[:3]] == [0, 10, 20]
 
+def test_zip_of_macos(tmp_path):
+    "Names in UTF-8 that are not said to be; and such as are really of DOS."
+    file = zipped(tmp_path/"m.zip", {**{f"{i}xxxx/{k}.png": image(9*k) for i in ("cafe", "caff") for k in range(8)}})
+    file.write_bytes(file.read_bytes().replace(b"cafexxxx", "caféxxx".encode()).replace(b"caffxxxx", "cafXxxxx".encode().replace(b"X", b"\x8a")))
+    s = open_source(params(file))
+    assert s.classes == ["cafèxxxx", "caféxxx"] and s.records[-1].read().mean() == 63
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_zip_with_a_name_twice(tmp_path):
     file = zipped(tmp_path/"data.zip", tiles(10))

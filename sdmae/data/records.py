@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SPLITS', 'SUFFIXES', 'SYNTHETIC', 'FORMATS', 'MAX_PIXELS', 'MAX_BYTES', 'ORIENTATION', 'KINDS', 'NOISE', 'WANTED',
            'UNSEEN', 'NUMBER', 'UNKNOWN', 'Record', 'Task', 'Source', 'Unfit', 'named', 'opened', 'one_page', 'shallow',
-           'flat', 'decode', 'open_file', 'bytes_of', 'read_bytes', 'read_image', 'first_look', 'size_of', 'other_kind',
-           'check_entry', 'open_zip', 'walk', 'kinds_of', 'left_out', 'zip_names', 'check_names', 'list_files',
-           'list_images', 'is_synthetic', 'tidy', 'joined', 'alike_key', 'look_alikes', 'draw_share', 'quotas']
+           'flat', 'decode', 'right_name', 'open_file', 'bytes_of', 'read_bytes', 'read_image', 'first_look', 'size_of',
+           'other_kind', 'check_entry', 'open_zip', 'walk', 'kinds_of', 'left_out', 'zip_names', 'check_names',
+           'list_files', 'list_images', 'is_synthetic', 'tidy', 'joined', 'alike_key', 'look_alikes', 'draw_share',
+           'quotas']
 
 # %% ../../nbs/data/records.ipynb #c002
 import io, os, re, tarfile, unicodedata, zipfile
@@ -144,11 +145,18 @@ def decode(
         return flat(im, mode)
 
 # %% ../../nbs/data/records.ipynb #c013
+def right_name(i:zipfile.ZipInfo)->str:
+    "An entry's name with slashes, and read as UTF-8 where a program wrote it so and did not say it."
+    name = i.filename.replace("\\", "/")
+    try: return name if i.flag_bits & 0x800 else name.encode("cp437").decode("utf-8")
+    except UnicodeError: return name
+
 @lru_cache(maxsize=16)
 def _zip_of(path, changed, pid):
     z = zipfile.ZipFile(path)
     for i in z.infolist():
-        if "\\" in i.filename: i.filename = i.filename.replace("\\", "/"); z.NameToInfo[i.filename] = i
+        name = right_name(i)
+        if name != i.filename: i.filename = name; z.NameToInfo[name] = i
     return z
 
 def _zip(path): return _zip_of(path, path.stat().st_mtime_ns, os.getpid())

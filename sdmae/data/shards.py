@@ -107,11 +107,15 @@ def check_size(self:Shards, file:Path, size:int):
                          f"{self.again}")
 
 @patch
-def verify(self:Shards):
+def verify(self:Shards,
+    max_bytes:int|None=None # nothing is read if there is more; None: never
+)->bool:                    # whether all was looked at
     "Reads every tar and compares its hash; `ValueError` naming the one that differs."
+    if max_bytes is not None and sum(s["bytes"] for s in self.index["shards"]) > max_bytes: return False
     for f, s in zip(self.files, self.index["shards"]):
         self.check_size(f, s["bytes"])
         if sha256(f) != s["sha256"]: raise ValueError(f"{f}: not as it was indexed, its hash is another. Get it again. {self.again}")
+    return True
 
 # %% ../../nbs/data/shards.ipynb #c010
 def encoded(

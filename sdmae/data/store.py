@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .copies import check_copies, mark
+from .copies import check_copies, mark, on_rings
 from .records import Record, SPLITS, Source, Task, named, quotas
 from ..files import sha256, whole, write_json
 from ..params import DataParams
@@ -62,7 +62,7 @@ def fill(
         if r.split == "train":
             t = t.reshape(size,-1).astype(np.int32); n += 1 # whole rows: numpy is slow along an axis of three
             total += t.sum(0, dtype=np.int64); square += (t*t).sum(0, dtype=np.int64)
-    hashes, rings = np.array([h for h, _ in marks], np.uint64), np.stack([r for _, r in marks])
+    hashes, rings = np.array([h for h, _ in marks], np.uint64), on_rings(np.stack([g for _, g in marks]))
     return *(s.reshape(size, channels).sum(0) for s in (total, square)), n, odd, hashes, rings
 
 # %% ../../nbs/data/store.ipynb #c009
