@@ -265,8 +265,8 @@ def odd_h5(sample):
     return {"1000000000000 tiles but 12 labels": empty((10**12,96,96,3), (1,96,96,3)), "was not written to its end, 0% are there": empty((12,96,96,3), (1,96,96,3)),
             "was not written to its end, 50% are there": lambda f, x: empty((12,96,96,3), (1,96,96,3))(f, x).__setitem__(slice(6), x[:6]),
             "x is uint8 .12, 90000, 90000, 3.": empty((12,90000,90000,3), (1,96,96,3)), "kept in pieces of .* too large": empty((12,8000,8000,3), (12,8000,8000,3)),
-            "'x' is said to lie in another file": virtual, "'x' is said to lie in another file.": lambda f, x: f.__setitem__("x", h5py.ExternalLink(other, "x")),
-            "'x' is said to lie in another file. Do": lambda f, x: f.create_dataset("x", x.shape, "u1", external=[(other, 0, x.nbytes)]),
+            "the pixels of 'x' lie in another file": virtual, "'x' lies in another file": lambda f, x: f.__setitem__("x", h5py.ExternalLink(other, "x")),
+            "the pixels of 'x' lie in another file.": lambda f, x: f.create_dataset("x", x.shape, "u1", external=[(other, 0, x.nbytes)]),
             "'x' is no dataset": lambda f, x: f.create_group("x"), "x is uint16": lambda f, x: f.create_dataset("x", data=x.astype("u2")), "expected an array": lambda f, x: f.create_dataset("x", data=1)}
 
 @pytest.mark.parametrize("message", odd_h5(Path()))

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 import h5py, numpy as np, pandas as pd
 from .cbis import cbis
 from ..data.copies import bound
-from ..data.records import MAX_BYTES, MAX_PIXELS, Record, SPLITS, SYNTHETIC, Source, Unfit, draw_share, is_synthetic, joined
+from ..data.records import MAX_BYTES, MAX_PIXELS, Record, SPLITS, SYNTHETIC, Source, Refused, draw_share, is_synthetic, joined
 from ..data.records import list_images, look_alikes, named, quotas, read_image, tidy
 from ..params import DataParams, project_root
 
@@ -151,8 +151,9 @@ def check_written(
     "`ValueError` for a dataset that is not in the file to its end, or packed in pieces too large to unpack."
     if np.prod(x.chunks or x.shape[1:], dtype=float)*x.dtype.itemsize > MAX_BYTES:
         raise ValueError(f"{file}: {x.name} {x.shape} is kept in pieces of {x.chunks}, too large to be read. Get the file again.")
-    whole = np.prod([-(-n//c) for n, c in zip(x.shape, x.chunks)]) if x.chunks else x.nbytes
-    there = x.id.get_num_chunks() if x.chunks else x.id.get_storage_size()
+    with named(file, "damaged", "Get it again."):
+        whole = np.prod([-(-n//c) for n, c in zip(x.shape, x.chunks)], dtype=float) if x.chunks else float(x.nbytes)
+        there = x.id.get_num_chunks() if x.chunks else x.id.get_storage_size()
     if there < whole:
         raise ValueError(f"{file}: {x.name} {x.shape} was not written to its end, {there/max(whole, 1):.0%} are there. Get it again.")
 
@@ -161,12 +162,12 @@ def _h5_array(file, key):
     "Dataset `key` of an HDF5 file, open, as far as can be told without reading it."
     f = _h5_file(file)
     with named(file, "not an HDF5 file, or truncated", "Get it again."):
-        if key not in f: raise Unfit(f"{file}: no dataset {key!r} in it, only {sorted(f)}.")
-        x = f[key]
-    if not isinstance(x, h5py.Dataset): raise ValueError(f"{file}: {key!r} is no dataset. Get the file again.")
-    if x.file.filename != f.filename or x.external or x.is_virtual:
-        raise ValueError(f"{file}: {key!r} is said to lie in another file. Do not use it; get it again.")
-    if not x.shape: raise ValueError(f"{file}: {key} is {x.dtype} {x.shape}, expected an array with a row for each tile.")
+        if key not in f: raise Refused(f"{file}: no dataset {key!r} in it, only {sorted(f)}.")
+        x = f[key] if not isinstance(f.get(key, getlink=True), h5py.ExternalLink) else None
+        if x is None or x.file.filename != f.filename: raise Refused(f"{file}: {key!r} lies in another file. Do not use it; get it again.")
+        if not isinstance(x, h5py.Dataset): raise Refused(f"{file}: {key!r} is no dataset. Get the file again.")
+        if x.external or x.is_virtual: raise Refused(f"{file}: the pixels of {key!r} lie in another file. Do not use it; get it again.")
+        if not x.shape: raise Refused(f"{file}: {key} is {x.dtype} {x.shape}, expected an array with a row for each tile.")
     return x
 
 # %% ../../nbs/sources/publishers.ipynb #c018
@@ -239,7 +240,8 @@ def _pcam_official(path):
     if 0 < len(bare) < len(found):
         raise FileNotFoundError(f"{path}: {stem(bare[0])}_meta.csv is missing or names no slide, but other splits have theirs. Put it "
                                 "there, or take the others away.")
-    synthetic = _h5(path/f"{stem('train')}_x.h5").attrs.get("synthetic") == SYNTHETIC
+    with named(path/f"{stem('train')}_x.h5", "damaged", "Get it again."):
+        synthetic = str(_h5(path/f"{stem('train')}_x.h5").attrs.get("synthetic")) == SYNTHETIC
     notes = []
     for s, (records, more) in found.items():
         notes += [f"read {len(records)} tiles in 2 classes from {path/stem(s)}_x.h5: {s}", *more]
