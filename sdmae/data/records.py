@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SUFFIXES', 'SYNTHETIC', 'FORMATS', 'MAX_PIXELS', 'MAX_BYTES', 'ORIENTATION', 'KINDS', 'NOISE', 'WANTED',
-           'UNSEEN', 'NUMBER', 'UNKNOWN', 'Record', 'Task', 'Source', 'Refused', 'named', 'opened', 'one_page',
-           'shallow', 'flat', 'decode', 'right_name', 'open_file', 'bytes_of', 'read_bytes', 'read_image', 'first_look',
-           'size_of', 'other_kind', 'check_entry', 'open_zip', 'walk', 'kinds_of', 'left_out', 'zip_names',
-           'check_names', 'list_files', 'list_images', 'is_synthetic', 'tidy', 'joined', 'alike_key', 'look_alikes',
-           'draw_share', 'quotas']
+           'UNSEEN', 'NUMBER', 'UNKNOWN', 'Record', 'Task', 'Source', 'Unfit', 'named', 'opened', 'one_page', 'shallow',
+           'flat', 'decode', 'right_name', 'open_file', 'bytes_of', 'read_bytes', 'read_image', 'first_look', 'size_of',
+           'other_kind', 'check_entry', 'open_zip', 'walk', 'kinds_of', 'left_out', 'zip_names', 'check_names',
+           'list_files', 'list_images', 'is_synthetic', 'tidy', 'joined', 'alike_key', 'look_alikes', 'draw_share',
+           'quotas']
 
 # %% ../../nbs/data/records.ipynb #c002
 import io, os, re, tarfile, unicodedata, zipfile
@@ -61,7 +61,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 SYNTHETIC = "sdmae synthetic sample"    # zip comment, HDF5 attribute, or content of a file SYNTHETIC.txt
 
 # %% ../../nbs/data/records.ipynb #u000
-class Refused(ValueError): "A reason that names its file already; `named` lets it through."
+class Unfit(ValueError): "A reason that names its file already; `named` lets it through."
 
 @contextmanager
 def named(
@@ -71,7 +71,7 @@ def named(
 ):
     "Inside, whatever a library raises becomes a `ValueError` that names the file."
     try: yield
-    except Refused: raise
+    except Unfit: raise
     except Exception as e:
         said = " ".join(re.sub(r"<[^>]* object at \w+>", "", str(e)).split()) or type(e).__name__
         raise ValueError(f"{path}: {fault} ({said}). {then}") from e
@@ -85,14 +85,14 @@ def opened(
     file:io.BufferedIOBase, # of an image
     path:str                # for the error
 )->Image.Image:             # its header is read, its pixels are not
-    "An image. `ValueError` if it is none, `Refused` if it has more than `MAX_PIXELS`."
+    "An image. `ValueError` if it is none, `Unfit` if it has more than `MAX_PIXELS`."
     try:
         with named(path): im = Image.open(file, formats=FORMATS)
     except ValueError as e:
-        if isinstance(e.__cause__, Image.DecompressionBombError): raise Refused(f"{path}: {e.__cause__} Cut it into tiles first.") from e
+        if isinstance(e.__cause__, Image.DecompressionBombError): raise Unfit(f"{path}: {e.__cause__} Cut it into tiles first.") from e
         raise
     w, h = im.size
-    if w*h > MAX_PIXELS: raise Refused(f"{path}: {w}×{h} px are too many for a tile, {MAX_PIXELS:,} at most. Cut it into tiles first.")
+    if w*h > MAX_PIXELS: raise Unfit(f"{path}: {w}×{h} px are too many for a tile, {MAX_PIXELS:,} at most. Cut it into tiles first.")
     return im
 
 # %% ../../nbs/data/records.ipynb #u005
@@ -100,23 +100,23 @@ def one_page(
     im:Image.Image, # as `opened`
     path:str
 ):
-    "Turns to the only full picture of a file; `Refused` where there are several."
+    "Turns to the only full picture of a file; `Unfit` where there are several."
     if im.format not in ("TIFF", "GIF", "WEBP"): return
     full = []
     for i in range(getattr(im, "n_frames", 1)):
         im.seek(i)
         if im.format != "TIFF" or not im.tag_v2.get(254, 0) & 5: full.append(i) # neither a smaller copy nor a mask
-        if len(full) > 1: raise Refused(f"{path}: several pages or frames in one file. Save the one that is meant as a file of its own.")
+        if len(full) > 1: raise Unfit(f"{path}: several pages or frames in one file. Save the one that is meant as a file of its own.")
     im.seek(full[0] if full else 0)
 
 def shallow(
     im:Image.Image, # as `opened`
     path:str
 ):
-    "`Refused` for pixels deeper than 8 bits: what is black and what white is for their owner to say."
+    "`Unfit` for pixels deeper than 8 bits: what is black and what white is for their owner to say."
     signed = im.format == "TIFF" and not {1, 4}.issuperset(np.atleast_1d(im.tag_v2.get(339, 1)).tolist()) # or floating point
     if signed or im.mode[0] in "IF" or ";16" in str(im.tile): # Pillow would halve 16-bit colour in silence
-        raise Refused(f"{path}: more than 8 bits a channel, or signed ({im.mode}). Say which values are black and white, and save it with 8 "
+        raise Unfit(f"{path}: more than 8 bits a channel, or signed ({im.mode}). Say which values are black and white, and save it with 8 "
                     "bits.")
 
 # %% ../../nbs/data/records.ipynb #u007
@@ -138,7 +138,7 @@ def decode(
     path:str,       # for the error
     mode:str="RGB"  # "L": grey
 )->np.ndarray:      # (H, W, 3) or (H, W) uint8
-    "An image file's pixels; `ValueError` if it is truncated or no image, `Refused` if it is too large, deeper than 8 bits or several."
+    "An image file's pixels; `ValueError` if it is truncated or no image, `Unfit` if it is too large, deeper than 8 bits or several."
     im = opened(io.BytesIO(data), path)
     with named(path):
         one_page(im, path); shallow(im, path)
@@ -181,11 +181,11 @@ def read_bytes(
     name:str,   # inside
     path:str    # for the error
 )->bytes:
-    "A file's bytes, nothing unpacked; `ValueError` if it cannot be read, `Refused` if it is declared to be larger than `MAX_BYTES`."
+    "A file's bytes, nothing unpacked; `ValueError` if it cannot be read, `Unfit` if it is declared to be larger than `MAX_BYTES`."
     fault, then = ("cannot be read", "Replace the file.") if place.is_dir() else ("damaged inside the archive", f"Get {place.name} again.")
     with named(path, fault, then):
         if (size := bytes_of(place, name)) > MAX_BYTES:
-            raise Refused(f"{path}: {size/1e9:.1f} GB are too much for one file, {MAX_BYTES/1e9:.1f} GB at most. Cut it into tiles first.")
+            raise Unfit(f"{path}: {size/1e9:.1f} GB are too much for one file, {MAX_BYTES/1e9:.1f} GB at most. Cut it into tiles first.")
         with open_file(place, name) as f: return f.read(size + 1) # no more is unpacked than was declared
 
 # %% ../../nbs/data/records.ipynb #s001
@@ -209,7 +209,7 @@ def first_look(
 def size_of(
     place:Path, name:str, path:str # as `read_bytes`
 )->tuple[int,int]: # width, height
-    "Size of an image, from its header; `ValueError` if it has none, `Refused` if it is larger than a tile can be."
+    "Size of an image, from its header; `ValueError` if it has none, `Unfit` if it is larger than a tile can be."
     with named(path, then="Replace the file."), open_file(place, name) as f:
         im = opened(f, path)
         exif = im.getexif() if im.format in ("JPEG", "MPO", "WEBP") or "exif" in im.info else {} # a PNG's may stand behind the pixels

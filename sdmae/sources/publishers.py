@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 import h5py, numpy as np, pandas as pd
 from .cbis import cbis
 from ..data.copies import bound
-from ..data.records import MAX_BYTES, MAX_PIXELS, Record, SPLITS, SYNTHETIC, Source, Refused, draw_share, is_synthetic, joined
+from ..data.records import MAX_BYTES, MAX_PIXELS, Record, SPLITS, SYNTHETIC, Source, Unfit, draw_share, is_synthetic, joined
 from ..data.records import list_images, look_alikes, named, quotas, read_image, tidy
 from ..params import DataParams, project_root
 
@@ -162,12 +162,12 @@ def _h5_array(file, key):
     "Dataset `key` of an HDF5 file, open, as far as can be told without reading it."
     f = _h5_file(file)
     with named(file, "not an HDF5 file, or truncated", "Get it again."):
-        if key not in f: raise Refused(f"{file}: no dataset {key!r} in it, only {sorted(f)}.")
+        if key not in f: raise Unfit(f"{file}: no dataset {key!r} in it, only {sorted(f)}.")
         x = f[key] if not isinstance(f.get(key, getlink=True), h5py.ExternalLink) else None
-        if x is None or x.file.filename != f.filename: raise Refused(f"{file}: {key!r} lies in another file. Do not use it; get it again.")
-        if not isinstance(x, h5py.Dataset): raise Refused(f"{file}: {key!r} is no dataset. Get the file again.")
-        if x.external or x.is_virtual: raise Refused(f"{file}: the pixels of {key!r} lie in another file. Do not use it; get it again.")
-        if not x.shape: raise Refused(f"{file}: {key} is {x.dtype} {x.shape}, expected an array with a row for each tile.")
+        if x is None or x.file.filename != f.filename: raise Unfit(f"{file}: {key!r} lies in another file. Do not use it; get it again.")
+        if not isinstance(x, h5py.Dataset): raise Unfit(f"{file}: {key!r} is no dataset. Get the file again.")
+        if x.external or x.is_virtual: raise Unfit(f"{file}: the pixels of {key!r} lie in another file. Do not use it; get it again.")
+        if not x.shape: raise Unfit(f"{file}: {key} is {x.dtype} {x.shape}, expected an array with a row for each tile.")
     return x
 
 # %% ../../nbs/sources/publishers.ipynb #c018
