@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Labels', 'RECIPES', 'project_root', 'Section', 'CBISParams', 'MasksParams', 'DataParams', 'ModelParams', 'ViewParams',
-           'OptimParams', 'EncoderForm', 'merged', 'flat', 'resolved', 'PretrainParams', 'ProbeParams',
+           'OptimParams', 'EncoderForm', 'merged', 'flat', 'differences', 'resolved', 'PretrainParams', 'ProbeParams',
            'FinetuneParams', 'SegmentParams', 'ReportParams', 'TaskParams', 'EncoderParams', 'CompareParams', 'Params',
            'typed', 'with_views', 'task_of', 'model_of', 'encoder_of', 'faults_of', 'faults_of_names', 'lists_of',
            'faults_of_comparison', 'store_of', 'run_of', 'eval_of', 'compose', 'explain', 'parse_params', 'load_params',
@@ -185,6 +185,18 @@ def flat(
     leaves = {}
     for k, v in nested.items(): leaves |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
     return leaves
+
+# %% ../nbs/params.ipynb #n007
+def differences(
+    then:dict, now:dict # nested plain values; "code" holds hashes of files
+)->list[str]:
+    "What differs, a phrase each: of code the file's name, of hashes that they are others, of other values both."
+    a, b, none = flat(then), flat(now), "nothing"
+    def say(k):
+        if k.startswith("code."): return f"code of {k.removeprefix('code.')}"
+        old, new = a.get(k, none), b.get(k, none)
+        return f"another {k}" if all(re.fullmatch("[0-9a-f]{12,}", str(v)) for v in (old, new)) else f"{k}: {old} → {new}"
+    return [say(k) for k in [*b, *(k for k in a if k not in b)] if k not in a or k not in b or a[k] != b[k]]
 
 # %% ../nbs/params.ipynb #c031
 def resolved(

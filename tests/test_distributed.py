@@ -12,7 +12,7 @@ from sdmae.methods.registry import method_of, method_params
 from sdmae.params import OptimParams, compose, parse_params
 from sdmae.train.batches import Batches
 from sdmae.train.engine import Callback, Trainer, pick_device
-from sdmae.pipeline.plan import made_of_encoder
+from sdmae.pipeline.ingredients import made_of_encoder
 from toys import Follower
 
 ROOT = Path(__file__).parents[1]

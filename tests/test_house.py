@@ -11,7 +11,7 @@ from sdmae.pipeline import __main__ as command_line
 from sdmae.pipeline.__main__ import main
 from sdmae.pipeline.code import imported, imports_of, read_notebook, source, write_notebook
 from sdmae.pipeline.pages import html, readme, rebase
-from sdmae.pipeline.plan import NOTEBOOKS as STAGES
+from sdmae.pipeline.plan import STAGES
 from sdmae.pipeline.run import NotebookFailed, check_parameters, defaults, run, strip
 
 ROOT = Path(__file__).parents[1]

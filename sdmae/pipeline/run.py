@@ -151,7 +151,7 @@ def death_of(
         name = signal.Signals(-code).name
         how = f"its kernel was killed by {name}" + f" ({KILLED[name]})"*(name in KILLED)
     lines = said.decode(errors="replace").strip().splitlines()
-    fatal = next((i for i, l in enumerate(lines) if l.startswith("Fatal Python error")), len(lines) - 8) # then the innermost calls
+    fatal = next((i for i, l in enumerate(lines) if l.startswith("Current thread")), len(lines) - 8) # where Python was when a library crashed
     words = "\n".join(lines[max(0, fatal):][:8])
     return how + (f". It said:\n{words}" if words else ", without a last word")
 

@@ -260,7 +260,7 @@ def train_epoch(self:Trainer, epoch:int, bar):
 # %% ../../nbs/train/engine.ipynb #c023
 @patch
 def fit(self:Trainer)->list[dict]: # one row of numbers an epoch
-    "Train to the end, from the checkpoint if there is one. Raises `RuntimeError` where another process trains the same."
+    "Train to the end, from the checkpoint if there is one. Raises `Busy` where another process trains the same."
     alone = only_one(self.checkpoint.with_suffix(".lock"), str(self.checkpoint)) if self.checkpoint and self.rank == 0 else nullcontext()
     with alone:
         if self.checkpoint: load_checkpoint(self.checkpoint, self)
