@@ -100,6 +100,7 @@ def holder(lock:Path)->str:
     try: return lock.with_suffix(".by").read_text()
     except OSError: return "another process"
 
+# %% ../nbs/files.ipynb #n017
 @contextmanager
 def only_one(
     lock:str|Path, # file of the lock

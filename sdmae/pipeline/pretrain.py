@@ -11,14 +11,12 @@ import argparse, json, os, subprocess, sys, tempfile
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-import numpy as np
-import torch
-import torch.distributed as dist
+import numpy as np, torch, torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from ..params import Params, load_params, project_root, run_of, store_of
 from ..files import Busy, whole, write_json
-from ..processes import callers, end_with
 from ..made import circumstances
+from ..processes import callers, end_with
 from ..data.store import TileStore
 from ..data.shards import ShardBatches, Shards
 from ..views.augment import MEAN, STD

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KILLED', 'FASTER', 'SHOWN', 'KERNEL', 'strip', 'defaults', 'check_parameters', 'parse_value', 'NotebookFailed',
-           'with_prose', 'why', 'interpreter', 'death_of', 'execute', 'run']
+           'with_prose', 'why', 'tee', 'interpreter', 'death_of', 'execute', 'run']
 
 # %% ../../nbs/pipeline/run.ipynb #n002
 import ast, difflib, os, re, signal, sys, threading
@@ -108,6 +108,17 @@ def why(
     return f"{trace}\n\n{name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
 
 # %% ../../nbs/pipeline/run.ipynb #n008
+def tee(
+    end:int,   # of a pipe, to read from
+    keep       # is given each piece
+):
+    "Show what comes through a pipe, until it is closed."
+    for piece in iter(lambda: os.read(end, 65536), b""):
+        keep(piece)
+        sys.stderr.write(piece.decode(errors="replace"))
+    os.close(end)
+
+# %% ../../nbs/pipeline/run.ipynb #n012
 def interpreter():
     "A class of kernel managers that starts this interpreter; it keeps how its kernel ended (`code`) and what it printed last (`said`)."
     from jupyter_client.kernelspec import KernelSpec
@@ -117,19 +128,15 @@ def interpreter():
         code, said = None, b""
         kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], language="python")
 
+        @classmethod
+        def keep(cls, piece): cls.said = (cls.said + piece)[-20000:]
+
         async def _async_start_kernel(self, **kwargs):
             end, begin = os.pipe()
-            threading.Thread(target=self.read, args=(end,), daemon=True).start()
+            threading.Thread(target=tee, args=(end, self.keep), daemon=True).start()
             try: await super()._async_start_kernel(stdout=begin, stderr=begin, **kwargs)
             finally: os.close(begin)
         start_kernel = _async_start_kernel
-
-        @classmethod
-        def read(cls, end):
-            for piece in iter(lambda: os.read(end, 65536), b""):
-                cls.said = (cls.said + piece)[-20000:]
-                sys.stderr.write(piece.decode(errors="replace"))
-            os.close(end)
 
         async def cleanup_resources(self, restart=False):
             if process := getattr(self.provisioner, "process", None): type(self).code = process.poll()
@@ -138,7 +145,8 @@ def interpreter():
 
 # %% ../../nbs/pipeline/run.ipynb #n009
 KILLED = {"SIGKILL": "mostly the system does this when memory runs out: try a smaller batch_size, or fewer jobs at once",
-          "SIGSEGV": "a fault in a library, or of the machine", "SIGBUS": "mostly a full disk or a file that became shorter while it was read",
+          "SIGSEGV": "a fault in a library, or of the machine",
+          "SIGBUS": "mostly a full disk, or a file that became shorter while it was read",
           "SIGTERM": "somebody, or the scheduler of a cluster, asked it to end"} # what a signal means
 
 def death_of(
@@ -151,8 +159,8 @@ def death_of(
         name = signal.Signals(-code).name
         how = f"its kernel was killed by {name}" + f" ({KILLED[name]})"*(name in KILLED)
     lines = said.decode(errors="replace").strip().splitlines()
-    fatal = next((i for i, l in enumerate(lines) if l.startswith("Current thread")), len(lines) - 8) # where Python was when a library crashed
-    words = "\n".join(lines[max(0, fatal):][:8])
+    begin = next((i for i, l in enumerate(lines) if l.startswith("Current thread")), len(lines) - 8) # of where Python was in a crash
+    words = "\n".join(lines[max(0, begin):][:8])
     return how + (f". It said:\n{words}" if words else ", without a last word")
 
 # %% ../../nbs/pipeline/run.ipynb #c032

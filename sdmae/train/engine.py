@@ -106,9 +106,8 @@ class Trainer:
         self.device, self.precision, self.accumulate = device, precision, accumulate
         self.callbacks, self.desc = callbacks, desc
         self.checkpoint, self.checkpoint_minutes, self.made_of = checkpoint, checkpoint_minutes, made_of
-        self.steps = epochs * len(batches)
+        self.steps, self.peak = epochs * len(batches), optim.lr(batches.batch_size)
         self.warmup = round(optim.warmup * self.steps)
-        self.peak = optim.lr(batches.batch_size)
         groups = groups or param_groups_weight_decay(model, optim.weight_decay, getattr(model, "no_weight_decay", ()))
         self.optimizer = make_optimizer(groups, optim, self.peak)
         self.step, self.history, self.sums, self.learned = 0, [], {}, False
@@ -212,8 +211,8 @@ def check_finite(self:Trainer,
     lr = lr_at(int(step), self.steps, self.peak, self.optim.min_lr, self.warmup)
     names = self.batches.names(epoch, i) if hasattr(self.batches, "names") else []
     batch = f"; its images: {', '.join(names[:6])}" + f" and {len(names)-6} more"*(len(names) > 6) if names else ""
-    raise FloatingPointError(f"{self.desc}: the loss is {loss:g} and the norm of the gradient {norm:g} in step {int(step)+1} of {self.steps} "
-                             f"(epoch {epoch+1}), at learning rate {lr:.2g}{batch}. {self.way_out()}")
+    raise FloatingPointError(f"{self.desc}: the loss is {loss:g} and the norm of the gradient {norm:g} in step {int(step)+1} of "
+                             f"{self.steps} (epoch {epoch+1}), at learning rate {lr:.2g}{batch}. {self.way_out()}")
 
 @patch
 def way_out(self:Trainer)->str:
