@@ -358,7 +358,7 @@ class Params(Section):
     segment:dict[str,dict] = {}
     report:ReportParams = ReportParams()
     device:str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")  # "auto": CUDA when there is one
-    precision:Literal["auto","float32","bfloat16"] = "auto" # "auto": bfloat16 where the device is built for it
+    precision:Literal["auto","float32","bfloat16","exact"] = "auto" # "auto": bfloat16 where the device is built for it
 
     @model_validator(mode="after")
     def _check(self):
