@@ -190,7 +190,8 @@ def execute(
     root, kernel = project_root(), interpreter()
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with patch.dict(os.environ, FASTER | os.environ | SHOWN):
+        own = dict(PYTHONPATH=os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])) # this project's sdmae, as here
+        with patch.dict(os.environ, FASTER | os.environ | SHOWN | own):
             papermill.execute_notebook(path, partial, parameters, cwd=root, progress_bar=False, stdout_file=sys.stdout,
                                        stderr_file=sys.stderr, kernel_manager_class=kernel, **KERNEL)
     except KeyboardInterrupt: raise
