@@ -7,7 +7,7 @@ __all__ = ['UNFINISHED', 'WAIT', 'part_of', 'remove', 'sync', 'swap', 'recover',
            'holder', 'only_one']
 
 # %% ../nbs/files.ipynb #n002
-import hashlib, json, os, re, shutil, socket, time
+import hashlib, json, os, re, shutil, socket, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import psutil
@@ -108,12 +108,12 @@ def only_one(
     wait:float=WAIT # s
 ):
     "Inside, no other process has this lock. Raises `Busy` naming the process that has it."
-    lock = Path(lock)
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(lock)
-    try: held.acquire(timeout=wait)
-    except Timeout: raise Busy(f"{what} is being written by {holder(lock)}. Wait until it has ended, or end it.") from None
+    lock, held = Path(lock), FileLock(lock)
     try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire(timeout=wait)
         lock.with_suffix(".by").write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}")
-        yield
+    except Timeout: raise Busy(f"{what} is being written by {holder(lock)}. Wait until it has ended, or end it.") from None
+    except OSError as e: warnings.warn(f"{lock}: no lock there ({e}); see to it that no other process writes {what}")
+    try: yield
     finally: held.release()
