@@ -10,6 +10,7 @@ __all__ = ['build_encoder', 'own_config', 'save_encoder', 'kind_faults', 'load_w
 import json
 from pathlib import Path
 import torch
+from pydantic import ValidationError
 from torch import nn
 from safetensors.torch import save_file
 from ..params import EncoderForm, ModelParams
@@ -121,6 +122,7 @@ def load_encoder(
     folder = encoder_folder(folder)
     config = read_config(folder)
     try: encoder, file = configured(config, **kwargs), folder/"encoder.safetensors"
-    except KeyError as e: raise ValueError(f"{folder/'config.json'} lacks {e}: it is no configuration of an encoder") from e
+    except (KeyError, TypeError, ValidationError) as e:
+        raise ValueError(f"{folder/'config.json'} is no configuration of an encoder ({type(e).__name__}: {e})") from e
     if encoder.kind != "histogram": load_weights(encoder, read_checkpoint(file), where=file)
     return suit_attention(encoder, device).to(device), config

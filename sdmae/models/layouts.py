@@ -186,17 +186,17 @@ def readings(n:int, prefix:int)->list[tuple[int,int]]: # rows before the patches
 
 def likelier(rows:Tensor, square:tuple[int,int], prefix:int)->tuple[int,int]|None: # rows, columns
     "A grid that is not square and fits a table clearly better than the square one."
-    own, best = breaks_at(rows[square[0]:], square[1])[0] if square[1] > 1 else 0, None
+    own, better = breaks_at(rows[square[0]:], square[1])[0] if square[1] > 1 else 0, []
     for p, w in readings(len(rows), prefix):
-        tall = (len(rows) - p)//w
-        seen, chance = breaks_at(rows[p:], w)
-        if tall != w and seen > own + 0.1 + chance: own, best = seen, (tall, w)
-    return best
+        tall, (seen, chance) = (len(rows) - p)//w, breaks_at(rows[p:], w)
+        if tall != w and seen > own + 0.1 + chance: better.append((seen, (tall, w)))
+    return max(better)[1] if better else None
 
 # %% ../../nbs/models/layouts.ipynb #c033
 def square_of(n:int, prefix:int)->tuple[int,int]|None: # rows before the patches', patches a side
     "The square grid of a table of `n` rows."
-    return next(((p, math.isqrt(n - p)) for p in (prefix, 0) if n > p and math.isqrt(n - p)**2 == n - p), None)
+    sides = ((p, math.isqrt(max(n - p, 0))) for p in (prefix, 0))
+    return next(((p, side) for p, side in sides if side**2 == n - p and side > (p < prefix)), None)
 
 def doubt_of(rows:Tensor, found:tuple[int,int], prefix:int, patch_size:int)->str: # "" where there is none
     "Why a table without a row for its class token may be one of a grid that is not square, with such a row."

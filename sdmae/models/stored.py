@@ -82,8 +82,8 @@ def load_pickled(
     with open(path, "rb") as f: zipped = f.read(4) == b"PK\x03\x04" # as torch.load tells
     if zipped: check_zip(path)
     try:
-        with torch.serialization.safe_globals([(Ignored, name) for name in BESIDE]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(Ignored, name) for name in BESIDE]), open(path, "rb") as f: # its ending tells nothing
+            return torch.load(f, map_location="cpu", weights_only=True)
     except Exception as e: error = e # a damaged file raises whatever comes
     code = re.search(r"GLOBAL (\S+) (?:was not|whose)", str(error))
     if code or "TorchScript" in str(error):
