@@ -186,10 +186,10 @@ def readings(n:int, prefix:int)->list[tuple[int,int]]: # rows before the patches
 
 def likelier(rows:Tensor, square:tuple[int,int], prefix:int)->tuple[int,int]|None: # rows, columns
     "A grid that is not square and fits a table clearly better than the square one."
-    own, better = breaks_at(rows[square[0]:], square[1])[0] if square[1] > 1 else 0, []
+    (own, play), better = breaks_at(rows[square[0]:], square[1]) if square[1] > 1 else (0, 0), []
     for p, w in readings(len(rows), prefix):
         tall, (seen, chance) = (len(rows) - p)//w, breaks_at(rows[p:], w)
-        if tall != w and seen > own + 0.1 + chance: better.append((seen, (tall, w)))
+        if tall != w and seen > own + 0.1 + math.hypot(chance, play): better.append((seen/chance, (tall, w)))
     return max(better)[1] if better else None
 
 # %% ../../nbs/models/layouts.ipynb #c033
