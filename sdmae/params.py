@@ -9,13 +9,13 @@ __all__ = ['Text', 'Labels', 'RECIPES', 'NAMED', 'project_root', 'Section', 'as_
            'EncoderParams', 'CompareParams', 'Params', 'typed', 'with_views', 'task_of', 'model_of', 'encoder_of',
            'faults_of', 'faults_of_names', 'lists_of', 'faults_of_comparison', 'store_of', 'run_of', 'eval_of',
            'in_quotes', 'readable', 'composed', 'first_fault', 'why_not', 'compose', 'field_names', 'explain',
-           'parse_params', 'load_params', 'edited']
+           'parse_params', 'load_params', 'edited', 'main']
 
 # %% ../nbs/params.ipynb #c002
+import os, re, sys
 from pathlib import Path
 from typing import Annotated, Literal
 import yaml
-import re
 from difflib import get_close_matches
 from functools import cached_property
 from fastcore.basics import patch
@@ -602,8 +602,8 @@ def load_params(
     "The parameters of a run. Raises `FileNotFoundError` and `ValueError`, both naming the file."
     path = project_root()/path
     if not path.is_file(): raise FileNotFoundError(f"{path} does not exist: `git checkout params.yaml` brings the default back.")
-    try: values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as e: raise ValueError(f"{path} is no valid YAML: {e}") from e
+    try: values = yaml.safe_load(path.read_text(encoding="utf8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{path} is no valid YAML: {e}") from e
     if not isinstance(values, dict): raise ValueError(f"{path} holds no sections.")
     return parse_params(values, where=str(path))
 
@@ -612,4 +612,21 @@ def edited(
     path:str|Path="params.yaml"
 )->bool: # True where the file is not the plain composition of `conf/`
     "Whether `params.yaml` differs from the defaults of `conf/`: true after a hand edit and after `dvc exp run -S`."
-    return yaml.safe_load((project_root()/path).read_text()) != compose()
+    return yaml.safe_load((project_root()/path).read_text(encoding="utf8")) != compose()
+
+# %% ../nbs/params.ipynb #n015
+def main(
+    overrides:list[str]=None # by default the command line
+)->int:                      # exit code
+    "Write `params.yaml` from `conf/`, with what is to differ."
+    try: parse_params(values := compose(sys.argv[1:] if overrides is None else overrides))
+    except ValueError as e:
+        print(e, file=sys.stderr)
+        return 2
+    path = project_root()/"params.yaml"
+    new = path.with_name(f".{path.name}.{os.getpid()}.part")
+    new.write_text(yaml.safe_dump(values, sort_keys=False, width=1000, allow_unicode=True), encoding="utf8")
+    os.replace(new, path)
+    return 0
+
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main()) # a notebook has no file
