@@ -39,6 +39,7 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	@touch $@
 
 repro: setup ## fetch the bundled sample and run the pipeline
+	@python -m sdmae.made || dvc config --local core.no_scm true
 	dvc pull data.dvc
 	python -m sdmae.pipeline repro --jobs $(SIDE)
 	@echo && echo "The comparisons: reports/tissue/index.html, reports/lesions/index.html   (tables: dvc metrics show metrics/tissue, curves: dvc plots show)"
