@@ -55,7 +55,8 @@ class Dataset:
 NCT = dict(what="colorectal tissue, 9 classes, 224 px", licence="CC BY 4.0", record=1214456, size="12.5 GB")
 PCAM = tuple(f"camelyonpatch_level_2_split_{s}_{f}" for s in ("train", "valid", "test") for f in ("x.h5.gz", "y.h5.gz", "meta.csv"))
 SETS = {
-    "nct":Dataset("NCT-CRC-HE-100K and CRC-VAL-HE-7K", images="100,000 and 7,180", files=("NCT-CRC-HE-100K.zip", "CRC-VAL-HE-7K.zip"), **NCT),
+    "nct":Dataset("NCT-CRC-HE-100K and CRC-VAL-HE-7K", images="100,000 and 7,180",
+                  files=("NCT-CRC-HE-100K.zip", "CRC-VAL-HE-7K.zip"), **NCT),
     "nct_nonorm":Dataset("NCT-CRC-HE-100K-NONORM, stain as scanned, and CRC-VAL-HE-7K", images="100,000 and 7,180",
                          files=("NCT-CRC-HE-100K-NONORM.zip", "CRC-VAL-HE-7K.zip"), **NCT),
     "pcam":Dataset("PatchCamelyon", "lymph nodes, metastasis or not, 96 px", "327,680", "7.7 GB, unpacked 9.1 GB more", "CC0",
@@ -70,8 +71,8 @@ SETS = {
 # %% ../../nbs/sources/download.ipynb #c009
 WARWICK = "https://warwick.ac.uk/fac/cross_fac/tia/data"
 SETS["pannuke"] = Dataset(
-    "PanNuke", "19 tissues with masks of nuclei, 256 px", "7,901", "three zips", "CC BY-NC-SA 4.0", cite="Gamper et al. 2020, arXiv:2003.10778",
-    remotes=tuple(Remote(f"fold_{i}.zip", f"{WARWICK}/pannuke/fold_{i}.zip", None, f"sha256:{h}") for i, h in (
+    "PanNuke", "19 tissues with masks of nuclei, 256 px", "7,901", "three zips", "CC BY-NC-SA 4.0",
+    cite="Gamper et al. 2020, arXiv:2003.10778", remotes=tuple(Remote(f"fold_{i}.zip", f"{WARWICK}/pannuke/fold_{i}.zip", None, f"sha256:{h}") for i, h in (
         (1, "6e19ad380300e8ce9480f9ab6a14cc91fa4b6a511609b40e3d70bdf9c881ed0b"),
         (2, "5bc540cc509f64b5f5a274d6e5a245527dbd3e6d3155d43555115c5d54709b07"),
         (3, "c14d372981c42f611ebc80afad01702b89cad8c1b3089daa31931cf5a4b1a39d"))))
@@ -79,18 +80,19 @@ SETS["pannuke"] = Dataset(
 # %% ../../nbs/sources/download.ipynb #c010
 SETS |= {
     "cbis":Dataset("CBIS-DDSM", "mammograms with lesions and biopsies", "10,239 files", "164 GB", "CC BY 3.0", how="Open "
-        "https://www.cancerimagingarchive.net/collection/cbis-ddsm, save the .tcia list and the four case-description CSVs, and open the list "
-        "with TCIA's NBIA Data Retriever. Put the CSVs into the folder that it writes."),
-    "lc25000":Dataset("LC25000", "lung and colon, 5 classes, 768 px, many turned copies", "25,000", "1.9 GB", "none named", how="Follow the link "
-        "on https://github.com/tampapath/lung_colon_image_set."),
+        "https://www.cancerimagingarchive.net/collection/cbis-ddsm, save the .tcia list and the four case-description CSVs, and open the "
+        "list with TCIA's NBIA Data Retriever. Put the CSVs into the folder that it writes."),
+    "lc25000":Dataset("LC25000", "lung and colon, 5 classes, 768 px, many turned copies", "25,000", "1.9 GB", "none named", how="Follow "
+        "the link on https://github.com/tampapath/lung_colon_image_set."),
     "breakhis":Dataset("BreakHis", "breast, 8 classes, 700 × 460 px, 82 patients", "7,909", "4 GB", "see its page", how="Get "
         "http://www.inf.ufpr.br/vri/databases/BreaKHis_v1.tar.gz, with `curl -LC -` for instance. Its server has neither an encrypted "
         "address nor a published hash, so this command could not tell whether the file is the right one."),
-    "idc":Dataset("IDC", "breast, carcinoma or not, 50 px, 162 slides", "277,524", "a few GB", "CC0 by its usual copy", how="Take the copy "
-        "paultimothymooney/breast-histopathology-images from Kaggle, which asks for an account."),
-    "consep":Dataset("CoNSeP", "colon with nuclei of 7 kinds, 1000 px", "41", "small", "research use", how=f"Register at {WARWICK}/hovernet."),
-    "mhist":Dataset("MHIST", "colorectal polyps, 2 classes, 224 px", "3,152", "0.35 GB", "an agreement is signed", how="Fill in the form at "
-        "https://bmirds.github.io/MHIST; an e-mail brings the links and the file of MD5s."),
+    "idc":Dataset("IDC", "breast, carcinoma or not, 50 px, 162 slides", "277,524", "a few GB", "CC0 by its usual copy", how="Take the "
+        "copy paultimothymooney/breast-histopathology-images from Kaggle, which asks for an account."),
+    "consep":Dataset("CoNSeP", "colon with nuclei of 7 kinds, 1000 px", "41", "small", "research use",
+                     how=f"Register at {WARWICK}/hovernet."),
+    "mhist":Dataset("MHIST", "colorectal polyps, 2 classes, 224 px", "3,152", "0.35 GB", "an agreement is signed", how="Fill in the form "
+        "at https://bmirds.github.io/MHIST; an e-mail brings the links and the file of MD5s."),
     "chaoyang":Dataset("Chaoyang", "colon, 4 classes, 512 px, noisy labels", "6,160", "small", "by request", how="Fill in the form at "
         "https://bupt-ai-cz.github.io/HSA-NRL.")}
 
@@ -125,7 +127,8 @@ class Redirects(HTTPRedirectHandler):
 
 # %% ../../nbs/sources/download.ipynb #c018
 PASSING = {408, 416, 425, 429, 500, 502, 503, 504}
-STAYING = {401:" It asks for a login.", 403:" It refuses.", 404:" The file has moved or is gone: look at the publisher's page.", 410:" It is gone."}
+STAYING = {401:" It asks for a login.", 403:" It refuses.", 410:" It is gone.",
+           404:" The file has moved or is gone: look at the publisher's page."}
 
 class Again(Exception):
     "A fault that may pass."
@@ -156,9 +159,10 @@ def faults(
     try: yield
     except HTTPError as e:
         e.close()
-        if e.code in PASSING: raise Again(f"{url}: the server answers {e.code} {e.reason}", wait_asked(e.headers["Retry-After"]), e.code == 416) from e
-        if 300 <= e.code < 400: raise ValueError(f"{url}: redirects that go in a circle or lead nowhere ({e.reason.splitlines()[0]}).") from e
-        raise ValueError(f"{url}: the server answers {e.code} {e.reason}.{STAYING.get(e.code, '')}") from e
+        said = f"{url}: the server answers {e.code} {e.reason}"
+        if e.code in PASSING: raise Again(said, wait_asked(e.headers["Retry-After"]), anew=e.code == 416) from e
+        if 300 <= e.code < 400: raise ValueError(f"{url}: redirects go in a circle or lead nowhere ({e.reason.splitlines()[0]}).") from e
+        raise ValueError(f"{said}.{STAYING.get(e.code, '')}") from e
     except (URLError, TimeoutError, ConnectionError, HTTPException, ssl.SSLError) as e:
         why = getattr(e, "reason", e)
         if isinstance(why, ssl.SSLCertVerificationError):
@@ -230,7 +234,8 @@ def remotes_of(
     out = [Remote(n, there[n].get("links", {}).get("self", ""), there[n].get("size"), there[n].get("checksum") or "") for n in names]
     for r in out:
         if type(r.size) is not int or not re.fullmatch("(md5|sha256|sha512):[0-9a-f]+", r.digest):
-            raise ValueError(f"Zenodo record {record.get('id')} gives no size or no hash of {r.name}: it cannot be checked, so it is not taken.")
+            raise ValueError(f"Zenodo record {record.get('id')} gives no size or no hash of {r.name}: it cannot be checked, so it is not "
+                             "taken.")
     return out
 
 # %% ../../nbs/sources/download.ipynb #c029
@@ -265,7 +270,8 @@ def is_there(
     if path.is_file() and remote.size in (None, path.stat().st_size):
         found = digest_of(path, remote.digest)
         if found == remote.digest: print(f"{path} is there, as published", flush=True); return True
-    raise FileExistsError(f"{path} is there, but not as published: {found}, expected {remote.digest}. Move it away: nothing is overwritten.")
+    raise FileExistsError(f"{path} is there, but not as published: {found}, expected {remote.digest}. Move it away: nothing "
+                          "is overwritten.")
 
 # %% ../../nbs/sources/download.ipynb #c033
 def need_room(
@@ -275,7 +281,8 @@ def need_room(
     "Raises `OSError` where the disk has less free."
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise OSError(f"{folder}: {size/1e9:.1f} GB are needed and {free/1e9:.1f} GB are free. Make room, or choose another place by --to.")
+        raise OSError(f"{folder}: {size/1e9:.1f} GB are needed and {free/1e9:.1f} GB are free. Make room, or choose another place by "
+                      "--to.")
 
 # %% ../../nbs/sources/download.ipynb #c035
 @dataclass(frozen=True)
@@ -317,13 +324,15 @@ def start_of(self:Part,
     if encoding != "identity": raise ValueError(f"{url}: the server sends it encoded as {encoding}, so it cannot be checked.")
     if answer.status == 206:
         m = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers["Content-Range"] or "")
-        if not m or int(m[1]) != self.has or etag and said["etag"] not in ("", etag): raise Again(f"{url}: another piece than was asked for", anew=True)
+        if not m or int(m[1]) != self.has or etag and said["etag"] not in ("", etag):
+            raise Again(f"{url}: another piece than was asked for", anew=True)
         start, total = self.has, None if m[2] == "*" else int(m[2])
     elif answer.status == 200: start, total = 0, answer.length
     else: raise ValueError(f"{url}: the server answers {answer.status}.")
     if total is not None and self.remote.size not in (None, total):
-        raise ValueError(f"{url}: the server offers {total:,} bytes, published are {self.remote.size:,}: another file, or a page in its place.")
-    if start and total != said["size"] and None not in (total, said["size"]): raise Again(f"{url}: the file has changed meanwhile", anew=True)
+        raise ValueError(f"{url}: the server offers {total:,} bytes, published are {self.remote.size:,}: another file, or a page in its "
+                         "place.")
+    if start and total not in (None, said["size"]): raise Again(f"{url}: the file has changed meanwhile", anew=True)
     return start, self.remote.size or total
 
 # %% ../../nbs/sources/download.ipynb #c039
@@ -334,13 +343,15 @@ def write(self:Part,
     size:int|None   # of the whole file
 ):
     "Append what comes. Raises `ValueError` where more comes than the file has, `OSError` where the disk is full."
-    with open(self.path, "r+b" if start else "wb") as f, tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=self.remote.name) as bar:
+    progress = tqdm(total=size, initial=start, unit="B", unit_scale=True, desc=self.remote.name)
+    with open(self.path, "r+b" if start else "wb") as f, progress as bar:
         f.seek(start); f.truncate()
         while block := answer.read1(2**18):
             if size is not None and f.tell() + len(block) > size:
                 raise ValueError(f"{self.remote.url}: the server sends more than the file's {size:,} bytes.")
             try: f.write(block); f.flush()
-            except OSError as e: raise OSError(e.errno, f"{e.strerror}. Make room; the same command goes on from there", str(self.path)) from e
+            except OSError as e:
+                raise OSError(e.errno, f"{e.strerror}. Make room; the same command goes on from there", str(self.path)) from e
             bar.update(len(block))
 
 # %% ../../nbs/sources/download.ipynb #c040
@@ -373,8 +384,8 @@ def finish(self:Part)->Path: # the file
     found = digest_of(self.path, self.remote.digest)
     if found != self.remote.digest:
         self.path.unlink(); self.note.unlink()
-        raise ValueError(f"{self.remote.url}: what came has {found}, published is {self.remote.digest}. It was taken away; the same command "
-                         "begins anew. If that happens again, the server's file is damaged.")
+        raise ValueError(f"{self.remote.url}: what came has {found}, published is {self.remote.digest}. It was taken away; the same "
+                         "command begins anew. If that happens again, the server's file is damaged.")
     sync(self.path)
     path = self.folder/self.remote.name
     if path.exists(): raise FileExistsError(f"{path} has appeared meanwhile. Move it or {self.path} away.")
@@ -387,7 +398,8 @@ def fetch(
     timeout:float=TIMEOUT, **patience # as `patiently`
 )->Path: # the file
     "A file, whole and checked. Raises `ConnectionError`, `ValueError`, `FileExistsError` or `OSError`, saying what to do."
-    if Path(remote.name).name != remote.name or remote.name.startswith("."): raise ValueError(f"{remote.name!r} is no plain name of a file.")
+    if Path(remote.name).name != remote.name or remote.name.startswith("."):
+        raise ValueError(f"{remote.name!r} is no plain name of a file.")
     path, part = Path(folder)/remote.name, Part(remote, Path(folder))
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_there(path, remote): return path
@@ -443,7 +455,7 @@ def download(
     to:str|Path="data",     # the set gets a folder in it
     sets:dict[str,Dataset]=SETS, base:str=ZENODO, timeout:float=TIMEOUT, **patience
 )->list[Path]:              # its files
-    "Bring a set into `to/name`. Raises `ValueError`, `ConnectionError`, `FileExistsError`, `OSError`, or `RuntimeError` where another does."
+    "Bring a set into `to/name`. Raises `ValueError`, `ConnectionError`, `FileExistsError`, `OSError`, `RuntimeError` where another does."
     if name not in sets:
         near = get_close_matches(name.lower(), sets, 1, .5)
         raise ValueError(f"there is no set {name!r}{f'; did you mean {near[0]}?' if near else ''} There are {', '.join(sets)}.")
