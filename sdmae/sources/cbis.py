@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['FINDINGS', 'PARTS', 'SIDES', 'VIEWS', 'PATHOLOGY', 'MARGINS', 'DENSITY', 'WORDS', 'CASES', 'PACKED', 'NAME',
-           'MAX_PIXELS', 'DEFLATED', 'plain', 'column_names', 'read_csv', 'words', 'capitals', 'whole_number',
-           'check_values', 'spelled', 'read_cases', 'instead', 'case_file', 'all_cases', 'answers', 'pathologies',
-           'all_tasks', 'key_of', 'begins_as_dicom', 'is_image', 'tail', 'read_info', 'index_files', 'check_size',
-           'dicom_faults', 'read_header', 'read_dicom', 'upright', 'check_picture', 'opened', 'read_picture',
-           'read_grey', 'to_bytes', 'grey_size', 'two_valued', 'same_form', 'split_values', 'choose_mask', 'square',
-           'box_of', 'read_view', 'read_lesion', 'other_split', 'check_files', 'unread', 'with_masks', 'drop_shared',
-           'cbis']
+           'MAX_PIXELS', 'DEFLATED', 'plain', 'column_names', 'read_rows', 'read_csv', 'words', 'capitals',
+           'whole_number', 'check_values', 'spelled', 'read_cases', 'instead', 'case_file', 'all_cases', 'answers',
+           'pathologies', 'all_tasks', 'key_of', 'begins_as_dicom', 'is_image', 'tail', 'read_info', 'index_files',
+           'check_size', 'dicom_faults', 'read_header', 'read_dicom', 'upright', 'check_picture', 'opened',
+           'read_picture', 'read_grey', 'to_bytes', 'grey_size', 'two_valued', 'same_form', 'split_values',
+           'choose_mask', 'square', 'box_of', 'read_view', 'read_lesion', 'other_split', 'check_files', 'unread',
+           'with_masks', 'drop_shared', 'cbis']
 
 # %% ../../nbs/sources/cbis.ipynb #c002
-import io, re, unicodedata, zipfile, zlib
+import csv, io, re, unicodedata, zipfile, zlib
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
@@ -43,26 +43,36 @@ def column_names(
     return [ours.get(w.replace("_", ""), w) for w in words]
 
 # %% ../../nbs/sources/cbis.ipynb #n000
+def read_rows(
+    place:Path, name:str # of the CSV inside
+)->list[list[str]]:      # header and rows, of one length
+    "A CSV's values as they stand; `ValueError` if it cannot be read, or a row has more or fewer values than there are columns."
+    try:
+        text = read_bytes(place, name, f"{place.name}/{name}").decode("utf-8-sig")
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise ValueError(f"{place/name}: not a CSV that can be read ({e}). Get it again, or save it as CSV in UTF-8.") from e
+    n = len(rows[0]) if rows else 0
+    if not n: raise ValueError(f"{place/name}: not a CSV that can be read (it is empty). Get it again.")
+    for i, row in enumerate(rows):
+        if any(row) and (len(row) < n or any(row[n:])):
+            raise ValueError(f"{place/name}: row {i+1} has {len(row)} values for {n} columns: is it cut off? Get the file again.")
+    return [[*row, *[""]*n][:n] for row in rows]
+
+# %% ../../nbs/sources/cbis.ipynb #n001
 def read_csv(
     place:Path, name:str,   # of the CSV inside
     columns:list[str]       # that it must have, with underscores
 )->pd.DataFrame:            # all text; its index counts the rows from 0, empty ones included
-    "A CSV as text; `ValueError` if it cannot be read, a row is cut off or too long, or a column is missing or there twice."
-    file, data = place/name, read_bytes(place, name, f"{place.name}/{name}")
-    try:
-        text = data.decode("utf-8-sig")
-        head = text.partition("\n")[0]
-        rows = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, sep=max(",;\t", key=head.count), skip_blank_lines=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
-        raise ValueError(f"{file}: not a CSV that can be read ({e}). Get it again, or save it as CSV in UTF-8.") from e
-    if not isinstance(rows.index, pd.RangeIndex): raise ValueError(f"{file}: row 2 has more values than there are columns. Get it again.")
-    rows.columns = column_names(rows.columns, columns)
-    rows = rows[~rows.isin(["", np.nan]).all(axis=1)]
+    "A CSV as text; `ValueError` as `read_rows`, or where a column is missing or there twice."
+    head, *body = read_rows(place, name)
+    head = column_names(head, columns)
     for c in columns:
-        if c not in rows: raise ValueError(f"{file}: column {c!r} is missing; there are {list(rows.columns)}.")
-        if list(rows.columns).count(c) > 1: raise ValueError(f"{file}: column {c!r} is there twice. Keep one of them.")
-    if (cut := rows.isna().any(axis=1)).any(): raise ValueError(f"{file}: row {cut.idxmax() + 2} is cut off. Get the file again.")
-    return rows.map(plain)
+        if c not in head: raise ValueError(f"{place/name}: column {c!r} is missing; there are {head}.")
+        if head.count(c) > 1: raise ValueError(f"{place/name}: column {c!r} is there twice. Keep one of them.")
+    rows = pd.DataFrame(body, columns=head, dtype=str).map(plain)
+    return rows[(rows != "").any(axis=1)]
 
 # %% ../../nbs/sources/cbis.ipynb #c007
 FINDINGS, PARTS, SIDES, VIEWS = {"mass":"Mass", "calc":"Calc"}, {"train":"Training", "test":"Test"}, ("LEFT", "RIGHT"), ("CC", "MLO")
@@ -101,7 +111,7 @@ def check_values(
     for i,value in rows[column].items():
         if value not in known: raise ValueError(f"{file}: row {i+2} has {column} {value!r}; expected one of {', '.join(known)}.")
 
-# %% ../../nbs/sources/cbis.ipynb #n001
+# %% ../../nbs/sources/cbis.ipynb #n002
 def spelled(
     rows:pd.DataFrame, # as `read_csv`
     finding:str,
@@ -154,7 +164,7 @@ def instead(
         if n.lower().endswith(".tcia"): return f" {n} is but a list of the images: open it with TCIA's NBIA Data Retriever."
     return ""
 
-# %% ../../nbs/sources/cbis.ipynb #n006
+# %% ../../nbs/sources/cbis.ipynb #n007
 def case_file(
     place:Path, names:list[str], # all files inside
     finding:str, split:str
@@ -169,7 +179,7 @@ def case_file(
     if len(here) > 1: raise ValueError(f"{place}: {' and '.join(here)}: keep one of them.")
     return here[0]
 
-# %% ../../nbs/sources/cbis.ipynb #n007
+# %% ../../nbs/sources/cbis.ipynb #n008
 def all_cases(
     place:Path,             # folder or zip
     findings:list[str]
@@ -223,7 +233,7 @@ def key_of(
     if m["lesion"]: return f"{case}_{int(m['lesion'][1:])}"
     return f"{case}_MASK" if (m["kind"] or "").upper() == "_MASK" else case
 
-# %% ../../nbs/sources/cbis.ipynb #n009
+# %% ../../nbs/sources/cbis.ipynb #n010
 def begins_as_dicom(
     file:io.BufferedIOBase # at its beginning, and afterwards again
 )->bool:
@@ -239,7 +249,7 @@ def is_image(
     if name.lower().endswith((*SUFFIXES, ".dcm")): return True
     with open_file(place, name) as f: return begins_as_dicom(f)
 
-# %% ../../nbs/sources/cbis.ipynb #n010
+# %% ../../nbs/sources/cbis.ipynb #n011
 def tail(
     path:str
 )->str:
@@ -289,7 +299,7 @@ def check_size(
     if 0 < width and 0 < height and width*height <= MAX_PIXELS: return width, height
     raise ValueError(f"{path}: declares {width} × {height} px, and sdmae.sources.cbis.MAX_PIXELS is {MAX_PIXELS:,}. Get the file again.")
 
-# %% ../../nbs/sources/cbis.ipynb #n012
+# %% ../../nbs/sources/cbis.ipynb #n013
 @contextmanager
 def dicom_faults(
     path:str # for the error
@@ -300,7 +310,7 @@ def dicom_faults(
         if str(e).startswith(f"{path}: "): raise
         raise ValueError(f"{path}: truncated, or not a DICOM image that can be read ({e}). Get it again.") from e
 
-# %% ../../nbs/sources/cbis.ipynb #n013
+# %% ../../nbs/sources/cbis.ipynb #n014
 DEFLATED = b"1.2.840.10008.1.2.1.99" # a transfer syntax: all that follows is packed, and may unpack to any size
 
 def read_header(
@@ -322,7 +332,7 @@ def read_header(
                              "pylibjpeg-libjpeg pylibjpeg-openjpeg` brings them.")
         return d
 
-# %% ../../nbs/sources/cbis.ipynb #n014
+# %% ../../nbs/sources/cbis.ipynb #n015
 def read_dicom(
     data:bytes, path:str
 )->np.ndarray: # (H, W), bright is dense
@@ -338,7 +348,7 @@ def read_dicom(
         elif pixels.dtype.kind == "i": pixels = pixels.astype(np.int64)
         return pixels.max() - pixels if d.PhotometricInterpretation == "MONOCHROME1" else pixels
 
-# %% ../../nbs/sources/cbis.ipynb #n016
+# %% ../../nbs/sources/cbis.ipynb #n017
 def upright(
     im:Image.Image # opened
 )->tuple[int,int]: # width, height
@@ -358,7 +368,7 @@ def check_picture(
     if im.has_transparency_data and im.convert("RGBA").getchannel("A").getextrema()[0] < 255:
         raise ValueError(f"{path}: parts of it are transparent. Save it without an alpha channel.")
 
-# %% ../../nbs/sources/cbis.ipynb #n017
+# %% ../../nbs/sources/cbis.ipynb #n018
 @contextmanager
 def opened(
     file, path:str # of the image, and for the error
@@ -383,7 +393,7 @@ def read_picture(
         if pixels.min() < 0 or pixels.max() > 65535: raise ValueError(f"{path}: numbers beyond 16 bits. Save it as grey of 8 or 16 bits.")
         return pixels.astype(np.uint16)
 
-# %% ../../nbs/sources/cbis.ipynb #n018
+# %% ../../nbs/sources/cbis.ipynb #n019
 def read_grey(
     place:Path, name:str, path:str  # as `read_bytes`
 )->np.ndarray:                      # (H, W), bright is dense
@@ -515,7 +525,7 @@ def check_files(
         if key.startswith(kinds) and key not in known:
             raise ValueError(f"{place}: {here[0]} is in no row of the case descriptions. Take it out, or get the CSVs again.")
 
-# %% ../../nbs/sources/cbis.ipynb #n021
+# %% ../../nbs/sources/cbis.ipynb #n022
 def unread(
     names:list[str], files:dict[str,list[str]], # all files, and the images by what they show
     findings:list[str],
