@@ -365,7 +365,7 @@ def respell(files, change):
     "The set with its case descriptions written in another way."
     return {k: change(v.decode()).encode() if "case_description" in k else v for k, v in files.items()}
 
-def seen(source): return [(r.label, r.group, r.path.split("/")[-1].split("#")[1], r.labels, r.read().tolist()) for r in source.records]
+def seen(source): return [(r.label, r.group, r.path.rpartition("#")[2] if "#" in r.path else "", r.labels, r.read().tolist()) for r in source.records]
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory): return seen(open_source(params(put(tmp_path_factory.mktemp("cbis"), repacked(ROWS)))))
@@ -413,8 +413,8 @@ def test_dicom_without_ending(tmp_path, published):
     "As TCIA's series come from some tools: named by their UID or by nothing."
     for i, name in enumerate((lambda k, n: k.replace(".dcm", ""), lambda k, n: k.rsplit("/", 1)[0] + f"/1.3.6.1.4.1.9590.{n}", lambda k, n: k.replace(".dcm", ".DCM"), lambda k, n: k.replace(".dcm", ".ima"))):
         files = {name(k, n) if k.endswith(".dcm") else k: v for n, (k, v) in enumerate(as_dicom(ROWS).items())}
-        s = open_source(params((put, zipped)[i % 2](tmp_path/str(i), {**files, "LICENSE":b"x"*200})))
-        assert seen(s) == published and "1 other files were not read: LICENSE 1" in s.notes
+        s = open_source(params((put, zipped)[i % 2](tmp_path/str(i), {**files, "LICENSE":b"x"*200, "DICOMDIR":dicom(DEEP)})))
+        assert seen(s) == published and "2 other files were not read: DICOMDIR 1, LICENSE 1" in s.notes
 
 def test_what_is_not_asked_for_is_counted(tmp_path):
     files = {**repacked(ROWS), "train/masks/Mass-Training_P_00001_LEFT_CC_MASK.png":encode(pixels(ROWS[0])[1], "PNG")}
@@ -475,6 +475,7 @@ def test_small_slopes_keep_their_scale():
     (lambda: built(DEEP, Rows=60_000, Columns=60_000), "declares 60000 × 60000 px, and sdmae.sources.cbis.MAX_PIXELS is 80,000,000"), (lambda: built(DEEP, Rows=0), "declares 50 × 0 px"),
     (lambda: built(DEEP, NumberOfFrames="3"), "3 frames of 1 samples"), (lambda: built(DEEP, NumberOfFrames="999999999"), "999999999 frames"), (lambda: built(DEEP, SamplesPerPixel=3), "1 frames of 3 samples"),
     (lambda: built(DEEP, PhotometricInterpretation="PALETTE COLOR"), "PALETTE COLOR; expected one grey image"), (lambda: built(DEEP, RescaleSlope="0"), "rescale slope 0.0"),
+    (lambda: built(DEEP, Rows=21), "holds 4,200 bytes of pixels, its header declares 2,100"), (lambda: built(DEEP, RescaleSlope="1e999"), "rescale slope inf|truncated"),
     (lambda: built(DEEP, ModalityLUTSequence=[]), "Modality LUT"), (lambda: built(DEEP, Rows=43), "truncated, or not a DICOM"), (lambda: b"\0"*128 + b"DICM" + b"\2\0\0\0UI\x1a\x001.2.840.10008.1.2.1.99", "deflated"),
     (lambda: dicom(DEEP, compressed=True).replace(b"1.2.840.10008.1.2.5", b"1.2.840.10008.1.2.9"), "truncated, or not a DICOM"), (lambda: b"", "truncated, or not a DICOM"), (lambda: encode(DEEP, "PNG"), "truncated, or not a DICOM")])
 def test_dicom_that_is_refused(tmp_path, data, message):
@@ -558,3 +559,13 @@ def test_two_masks_of_one_lesion(tmp_path, published):
     for i, (other, message) in enumerate(((np.roll(mask, 3), "row 3: masks that differ in"), (~mask, "row 3: masks that differ in"))):
         with pytest.raises(ValueError, match=message): seen(open_source(params(put(tmp_path/str(i), {**files, f"copy/{name}":encode(other, "PNG")}))))
     with pytest.raises(ValueError, match="row 3: the mask holds all four corners: is it inverted"): seen(open_source(params(put(tmp_path/"d", {**files, name:encode(~mask, "PNG")}))))
+
+def test_a_split_without_masks(tmp_path):
+    files = {k: v for k, v in repacked(ROWS).items() if "masks/Mass-Test" not in k}
+    with pytest.raises(FileNotFoundError, match="none of 2 lesions of mass test has a mask. Get them, or set data.cbis.images to view"): open_source(params(put(tmp_path, files)))
+    assert len(open_source(params(tmp_path, images="view")).records) == len(ROWS) - 1
+
+def test_a_blank_mammogram(tmp_path):
+    put(tmp_path, change(repacked(ROWS), "P_00021_LEFT_CC_FULL", encode(np.full((70,50), 9, np.uint8), "PNG")))
+    for images in ("view", "lesion"):
+        with pytest.raises(ValueError, match="P_00021_LEFT_CC_FULL.png: a mammogram of one value only"): seen(open_source(params(tmp_path, images=images)))

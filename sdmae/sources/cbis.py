@@ -9,8 +9,8 @@ __all__ = ['FINDINGS', 'PARTS', 'SIDES', 'VIEWS', 'PATHOLOGY', 'MARGINS', 'DENSI
            'pathologies', 'all_tasks', 'key_of', 'begins_as_dicom', 'is_image', 'tail', 'read_info', 'index_files',
            'check_size', 'dicom_faults', 'read_header', 'read_dicom', 'upright', 'check_picture', 'opened',
            'read_picture', 'read_grey', 'to_bytes', 'grey_size', 'two_valued', 'same_form', 'split_values',
-           'choose_mask', 'square', 'box_of', 'read_view', 'read_lesion', 'other_split', 'check_files', 'unread',
-           'with_masks', 'drop_shared', 'cbis']
+           'choose_mask', 'square', 'box_of', 'read_mammogram', 'read_view', 'read_lesion', 'other_split',
+           'check_files', 'unread', 'having_masks', 'with_masks', 'drop_shared', 'cbis']
 
 # %% ../../nbs/sources/cbis.ipynb #c002
 import csv, io, re, unicodedata, zipfile, zlib
@@ -33,6 +33,7 @@ def plain(
     "Without spaces at its ends, and one form of each letter (Unicode's NFKC)."
     return unicodedata.normalize("NFKC", text).strip()
 
+# %% ../../nbs/sources/cbis.ipynb #t000
 def column_names(
     found:list[str],    # as they stand in the CSV
     columns:list[str]   # as they are called here
@@ -89,12 +90,14 @@ def words(
     "The words of a description, without `N/A`."
     return [w for w in dict.fromkeys(text.split("-")) if w not in ("", "NA", "N/A", "NAN")]
 
+# %% ../../nbs/sources/cbis.ipynb #t001
 def capitals(
     text:str
 )->str:
     "A word as the published CSVs spell it: capitals, joined by underscores."
     return re.sub(r"\s+", "_", text.strip().upper())
 
+# %% ../../nbs/sources/cbis.ipynb #t002
 def whole_number(
     text:str
 )->str:
@@ -242,11 +245,13 @@ def begins_as_dicom(
     except (zipfile.BadZipFile, zlib.error, EOFError): return False # whoever reads it says so
     finally: file.seek(0)
 
+# %% ../../nbs/sources/cbis.ipynb #t003
 def is_image(
     place:Path, name:str
 )->bool:
     "Whether a file is an image by its ending, or DICOM by its content."
     if name.lower().endswith((*SUFFIXES, ".dcm")): return True
+    if PurePosixPath(name).name == "DICOMDIR": return False # a list of files
     with open_file(place, name) as f: return begins_as_dicom(f)
 
 # %% ../../nbs/sources/cbis.ipynb #n011
@@ -256,6 +261,7 @@ def tail(
     "Folder and file: the part of a path that copies keep."
     return "/".join(PurePosixPath(path.replace("\\", "/")).parts[-2:])
 
+# %% ../../nbs/sources/cbis.ipynb #t004
 def read_info(
     place:Path, name:str # dicom_info.csv
 )->dict[str,str]:        # end of a file's path -> mammogram or lesion
@@ -313,6 +319,7 @@ def dicom_faults(
 # %% ../../nbs/sources/cbis.ipynb #n014
 DEFLATED = b"1.2.840.10008.1.2.1.99" # a transfer syntax: all that follows is packed, and may unpack to any size
 
+# %% ../../nbs/sources/cbis.ipynb #t005
 def read_header(
     file:io.BufferedIOBase, path:str
 )->Dataset:
@@ -340,12 +347,16 @@ def read_dicom(
     read_header(io.BytesIO(data), path)
     with dicom_faults(path):
         d = dcmread(io.BytesIO(data))
+        declared = d.Rows*d.Columns*d.BitsAllocated//8
+        if not d.file_meta.TransferSyntaxUID.is_compressed and len(d.PixelData) > declared + 1:
+            raise ValueError(f"{path}: holds {len(d.PixelData):,} bytes of pixels, its header declares {declared:,}. Get it again.")
         pixels = d.pixel_array
         slope, intercept = (o if d.get(k) is None else float(d[k].value) for k, o in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
         if not slope or not np.isfinite([slope, intercept]).all():
             raise ValueError(f"{path}: rescale slope {slope}, intercept {intercept}: its values mean nothing. Get it again.")
         if (slope, intercept) != (1, 0): pixels = pixels*slope + intercept
         elif pixels.dtype.kind == "i": pixels = pixels.astype(np.int64)
+        if not np.isfinite(pixels).all(): raise ValueError(f"{path}: values that are no numbers. Get it again.")
         return pixels.max() - pixels if d.PhotometricInterpretation == "MONOCHROME1" else pixels
 
 # %% ../../nbs/sources/cbis.ipynb #n017
@@ -356,6 +367,7 @@ def upright(
     turned = im.format != "PNG" or "exif" in im.info # a PNG would be read to its end
     return im.size[::-1] if turned and im.getexif().get(0x112, 1) > 4 else im.size
 
+# %% ../../nbs/sources/cbis.ipynb #t006
 def check_picture(
     im:Image.Image, data:bytes, # opened, and the file's
     path:str                    # for the error
@@ -381,6 +393,7 @@ def opened(
         if str(e).startswith(f"{path}: "): raise
         raise ValueError(f"{path}: truncated, or not an image that can be read ({e}). Replace the file or take it out of the data.") from e
 
+# %% ../../nbs/sources/cbis.ipynb #t007
 def read_picture(
     data:bytes, path:str
 )->np.ndarray: # (H, W) uint8 or uint16
@@ -444,6 +457,7 @@ def split_values(
     "Where a mask is nearer to its largest than to its smallest value."
     return mask > (float(mask.min()) + float(mask.max()))/2
 
+# %% ../../nbs/sources/cbis.ipynb #t008
 def choose_mask(
     files:dict[str,np.ndarray], # of a lesion, by name
     shape:tuple[int,int],       # of the mammogram
@@ -485,20 +499,30 @@ def box_of(
     return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
 
 # %% ../../nbs/sources/cbis.ipynb #c035
+def read_mammogram(
+    place:Path, image:str, path:str
+)->np.ndarray: # (H, W) uint8
+    "A mammogram in 8 bits; `ValueError` as `read_grey`, or where it is blank."
+    pixels = to_bytes(read_grey(place, image, path))
+    if (pixels == pixels[0, 0]).all(): raise ValueError(f"{path}: a mammogram of one value only. Get it again, or take its rows out.")
+    return pixels
+
+# %% ../../nbs/sources/cbis.ipynb #n024
 def read_view(
     place:Path, image:str, path:str
 )->np.ndarray: # (side, side) uint8
     "A whole mammogram, made square with black."
-    pixels = to_bytes(read_grey(place, image, path))
+    pixels = read_mammogram(place, image, path)
     return square(pixels, (0, pixels.shape[0], 0, pixels.shape[1]))
 
+# %% ../../nbs/sources/cbis.ipynb #t009
 def read_lesion(
     place:Path, image:str, path:str,
     masks:list[str],    # files of the lesion, the mask among them
     where:str           # CSV and row, for the error
 )->np.ndarray:          # (side, side) uint8
     "The square around a lesion, at the mammogram's own resolution."
-    pixels = to_bytes(read_grey(place, image, path))
+    pixels = read_mammogram(place, image, path)
     mask = choose_mask({m: read_grey(place, m, f"{place.name}/{m}") for m in masks}, pixels.shape, where)
     return square(pixels, box_of(mask))
 
@@ -510,6 +534,7 @@ def other_split(
     other = case.replace("-Training_", "-Test_") if "-Training_" in case else case.replace("-Test_", "-Training_")
     return f" There is {other}: is the CSV named after the other split?" if other in files else ""
 
+# %% ../../nbs/sources/cbis.ipynb #t010
 def check_files(
     rows:pd.DataFrame, files:dict[str,list[str]],
     place:Path
@@ -544,19 +569,31 @@ def unread(
     return notes
 
 # %% ../../nbs/sources/cbis.ipynb #c038
+def having_masks(
+    rows:pd.DataFrame, files:dict[str,list[str]],
+    place:Path
+)->tuple[pd.DataFrame, list[str]]: # rows, notes
+    "Lesions that have files of their own. `FileNotFoundError` where one has none; in a re-packed set, where all of a split have none."
+    have = rows.lesion.isin(files)
+    if have.all(): return rows, []
+    first = rows[~have].iloc[0]
+    if not any((m["kind"] or "").upper() == "_MASK" for here in files.values() for n in here for m in NAME.finditer(n)):
+        raise FileNotFoundError(f"{first['where']}: {place} has no mask of {first.lesion}. Get it, or take the row out.")
+    for (f, s), some in have.groupby([rows.finding, rows.split]):
+        if not some.any():
+            raise FileNotFoundError(f"{place}: none of {len(some)} lesions of {f} {s} has a mask. Get them, or set data.cbis.images to "
+                                    "view.")
+    return rows[have], [f"warning: {(~have).sum()} of {len(rows)} lesions have no mask of their own and were left out, the first is "
+                        f"{first.lesion}"]
+
+# %% ../../nbs/sources/cbis.ipynb #n023
 def with_masks(
     rows:pd.DataFrame, files:dict[str,list[str]],
     place:Path
-)->tuple[pd.DataFrame, list[str]]: # rows whose lesion has a mask, notes
-    "The lesions that can be cut out; `FileNotFoundError` or `ValueError` naming the row of a mask that is missing or of another form."
-    have, odd, notes = rows.lesion.isin(files), [], []
-    repacked = any((m["kind"] or "").upper() == "_MASK" for here in files.values() for n in here for m in NAME.finditer(n))
-    if not have.all():
-        first = rows[~have].iloc[0]
-        if not repacked: raise FileNotFoundError(f"{first['where']}: {place} has no mask of {first.lesion}. Get it, or take the row out.")
-        notes.append(f"warning: {(~have).sum()} of {len(rows)} lesions have no mask of their own and were left out, the first is "
-                     f"{first.lesion}")
-    for case,lesion,where in rows[have][["case","lesion","where"]].itertuples(index=False):
+)->tuple[pd.DataFrame, list[str]]: # rows, notes
+    "The lesions that can be cut out; raises as `having_masks`, and `ValueError` naming the row of a mask of another form."
+    (rows, notes), odd = having_masks(rows, files, place), []
+    for case,lesion,where in rows[["case","lesion","where"]].itertuples(index=False):
         size, *sizes = (grey_size(place, n, f"{place.name}/{n}") for n in [files[case][0], *files[lesion]])
         if not any(same_form(s, size) for s in sizes):
             raise ValueError(f"{where}: no mask of the mammogram's form: {' and '.join(f'{w}×{h}' for w,h in sizes)} px for "
@@ -565,7 +602,7 @@ def with_masks(
     if odd:
         notes.append(f"warning: {len(odd)} masks are larger or smaller than their mammogram and were scaled to it, the first is that of "
                      f"{odd[0]}")
-    return rows[have], notes
+    return rows, notes
 
 # %% ../../nbs/sources/cbis.ipynb #c040
 def drop_shared(

@@ -185,6 +185,7 @@ def ask(
 # %% ../../nbs/sources/download.ipynb #c024
 TRIES, STEP, LONGEST = 8, 2**20, 300. # tries without progress; bytes that count as progress; s, the longest wait
 
+# %% ../../nbs/sources/download.ipynb #t000
 def patiently(
     act:Callable,                       # raises `Again` to be called again
     grown:Callable[[], int]=lambda: 0,  # bytes that have come
@@ -206,6 +207,7 @@ def patiently(
 # %% ../../nbs/sources/download.ipynb #c027
 ZENODO = "https://zenodo.org"
 
+# %% ../../nbs/sources/download.ipynb #t001
 def record_of(
     number:int,
     base:str=ZENODO,
@@ -231,7 +233,8 @@ def remotes_of(
     there = {f.get("key"): f for f in record["files"]}
     for n in names:
         if n not in there: raise ValueError(f"Zenodo record {record.get('id')} has no {n} any more; it has {', '.join(map(str, there))}.")
-    out = [Remote(n, there[n].get("links", {}).get("self", ""), there[n].get("size"), there[n].get("checksum") or "") for n in names]
+    out = [Remote(f["key"], f.get("links", {}).get("self", ""), f.get("size"), (f.get("checksum") or "").lower())
+           for f in (there[n] for n in names)]
     for r in out:
         if type(r.size) is not int or not re.fullmatch("(md5|sha256|sha512):[0-9a-f]+", r.digest):
             raise ValueError(f"Zenodo record {record.get('id')} gives no size or no hash of {r.name}: it cannot be checked, so it is not "
@@ -261,6 +264,7 @@ def digest_of(
     kind = digest.split(":")[0]
     with open(path, "rb") as f: return f"{kind}:{hashlib.file_digest(f, kind).hexdigest()}"
 
+# %% ../../nbs/sources/download.ipynb #t002
 def is_there(
     path:Path, remote:Remote
 )->bool:
@@ -416,6 +420,7 @@ def pieces(
             while block := f.read(2**20): yield block
     except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise ValueError(f"{archive}: damaged ({e}). Remove it and get it again.") from e
 
+# %% ../../nbs/sources/download.ipynb #t003
 def same_content(
     path:Path, archive:Path
 )->bool:

@@ -54,6 +54,7 @@ def check_mask(
         raise ValueError(f"{path}: a palette whose number 0 is not black, so that the background is not known. Save it as 8-bit mask or "
                          "16-bit labels.")
 
+# %% ../../nbs/sources/masks.ipynb #t000
 def decode_mask(
     data:bytes, # of an image file
     path:str    # for the error
@@ -133,6 +134,7 @@ def folders_in(place:Path)->str:
     there = sorted({PurePosixPath(n).parent.name for n in list_files(place)} - {""})
     return f" There are folders {', '.join(there[:5])}." if there else ""
 
+# %% ../../nbs/sources/masks.ipynb #t001
 def check_sides(images:dict, masks:dict, place:Path):
     "`ValueError` where there is no image, or one without a mask, or a mask without an image."
     if not images:
@@ -155,6 +157,7 @@ def form_of(
         turn = im.getexif().get(0x112, 1) if im.format != "PNG" or "exif" in im.info else 1
         return *upright(im), turn
 
+# %% ../../nbs/sources/masks.ipynb #t002
 def check_pair(
     image:tuple[int,int,int], mask:tuple[int,int,int], # as `form_of`
     path:str, mask_path:str                            # for the error
@@ -209,6 +212,7 @@ def print_of(
     turned = [np.rot90(o, k) for o in (image, image[:, ::-1]) for k in range(4)]
     return min(sha1(repr(o.shape).encode() + np.ascontiguousarray(o).tobytes()).hexdigest() for o in turned)
 
+# %% ../../nbs/sources/masks.ipynb #t003
 def check_copies(
     pairs:list[Pair],
     images:list[np.ndarray] # of the pairs
