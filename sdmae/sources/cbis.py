@@ -4,18 +4,16 @@
 
 # %% auto #0
 __all__ = ['FINDINGS', 'PARTS', 'SIDES', 'VIEWS', 'PATHOLOGY', 'MARGINS', 'DENSITY', 'WORDS', 'CASES', 'PACKED', 'NAME',
-           'MAX_PIXELS', 'DEFLATED', 'plain', 'column_names', 'read_rows', 'read_csv', 'words', 'capitals',
-           'whole_number', 'check_values', 'spelled', 'read_cases', 'instead', 'case_file', 'all_cases', 'answers',
-           'pathologies', 'all_tasks', 'key_of', 'begins_as_dicom', 'is_image', 'tail', 'read_info', 'index_files',
-           'check_size', 'dicom_faults', 'read_header', 'read_dicom', 'upright', 'check_picture', 'opened',
-           'read_picture', 'read_grey', 'to_bytes', 'grey_size', 'two_valued', 'same_form', 'split_values',
-           'choose_mask', 'square', 'box_of', 'read_mammogram', 'read_view', 'read_lesion', 'other_split',
-           'check_files', 'unread', 'having_masks', 'with_masks', 'drop_shared', 'cbis']
+           'DEFLATED', 'DICOM', 'column_names', 'read_rows', 'read_csv', 'words', 'capitals', 'whole_number',
+           'check_values', 'spelled', 'read_cases', 'instead', 'case_file', 'all_cases', 'answers', 'pathologies',
+           'all_tasks', 'key_of', 'begins_as_dicom', 'is_image', 'tail', 'read_info', 'index_files', 'check_size',
+           'read_header', 'check_pixels', 'rescaled', 'read_dicom', 'read_picture', 'read_grey', 'to_bytes',
+           'grey_size', 'two_valued', 'same_form', 'split_values', 'choose_mask', 'square', 'box_of', 'read_mammogram',
+           'read_view', 'read_lesion', 'other_split', 'check_files', 'unread', 'having_masks', 'with_masks',
+           'drop_shared', 'cbis']
 
 # %% ../../nbs/sources/cbis.ipynb #c002
-import csv, io, re, unicodedata, zipfile, zlib
-from collections import Counter
-from contextlib import contextmanager
+import csv, io, re
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -23,15 +21,9 @@ import numpy as np, pandas as pd
 from PIL import Image, ImageOps
 from pydicom import Dataset, dcmread
 from pydicom.pixels import get_decoder
-from ..data.records import Record, SUFFIXES, Source, Task, is_synthetic, list_files, open_file, read_bytes
+from ..data.records import (MAX_PIXELS, Record, SUFFIXES, Source, Task, Unfit, flat, is_synthetic, left_out, list_files, named,
+                                one_page, open_file, opened, read_bytes, shallow, size_of, tidy)
 from ..params import DataParams
-
-# %% ../../nbs/sources/cbis.ipynb #c006
-def plain(
-    text:str
-)->str:
-    "Without spaces at its ends, and one form of each letter (Unicode's NFKC)."
-    return unicodedata.normalize("NFKC", text).strip()
 
 # %% ../../nbs/sources/cbis.ipynb #t000
 def column_names(
@@ -40,7 +32,7 @@ def column_names(
 )->list[str]:
     "Columns in one spelling: small letters, words joined by underscores."
     ours = {c.replace("_", ""): c for c in columns}
-    words = [re.sub(r"[^a-z0-9]+", "_", plain(c).lower()).strip("_") for c in found]
+    words = [re.sub(r"[^a-z0-9]+", "_", tidy(c).lower()).strip("_") for c in found]
     return [ours.get(w.replace("_", ""), w) for w in words]
 
 # %% ../../nbs/sources/cbis.ipynb #n000
@@ -72,7 +64,7 @@ def read_csv(
     for c in columns:
         if c not in head: raise ValueError(f"{place/name}: column {c!r} is missing; there are {head}.")
         if head.count(c) > 1: raise ValueError(f"{place/name}: column {c!r} is there twice. Keep one of them.")
-    rows = pd.DataFrame(body, columns=head, dtype=str).map(plain)
+    rows = pd.DataFrame(body, columns=head, dtype=str).map(tidy)
     return rows[(rows != "").any(axis=1)]
 
 # %% ../../nbs/sources/cbis.ipynb #c007
@@ -238,21 +230,17 @@ def key_of(
 
 # %% ../../nbs/sources/cbis.ipynb #n010
 def begins_as_dicom(
-    file:io.BufferedIOBase # at its beginning, and afterwards again
+    place:Path, name:str
 )->bool:
     "Whether a file begins as DICOM does: 128 bytes of anything, then DICM."
-    try: return file.read(132)[128:] == b"DICM"
-    except (zipfile.BadZipFile, zlib.error, EOFError): return False # whoever reads it says so
-    finally: file.seek(0)
+    with named(f"{place.name}/{name}", "cannot be read", "Get it again."), open_file(place, name) as f: return f.read(132)[128:] == b"DICM"
 
 # %% ../../nbs/sources/cbis.ipynb #t003
 def is_image(
     place:Path, name:str
 )->bool:
-    "Whether a file is an image by its ending, or DICOM by its content."
-    if name.lower().endswith((*SUFFIXES, ".dcm")): return True
-    if PurePosixPath(name).name == "DICOMDIR": return False # a list of files
-    with open_file(place, name) as f: return begins_as_dicom(f)
+    "Whether a file is an image by its ending, or DICOM by its content; a DICOMDIR only lists others."
+    return name.lower().endswith((*SUFFIXES, ".dcm")) or PurePosixPath(name).name != "DICOMDIR" and begins_as_dicom(place, name)
 
 # %% ../../nbs/sources/cbis.ipynb #n011
 def tail(
@@ -295,115 +283,88 @@ def index_files(
     return out, notes
 
 # %% ../../nbs/sources/cbis.ipynb #c025
-MAX_PIXELS = 80_000_000 # the largest mammogram has about half as many
-
 def check_size(
     width:int, height:int,
     path:str                # for the error
-)->tuple[int,int]:          # width, height
-    "Raises `ValueError` for a size that no mammogram has."
-    if 0 < width and 0 < height and width*height <= MAX_PIXELS: return width, height
-    raise ValueError(f"{path}: declares {width} × {height} px, and sdmae.sources.cbis.MAX_PIXELS is {MAX_PIXELS:,}. Get the file again.")
-
-# %% ../../nbs/sources/cbis.ipynb #n013
-@contextmanager
-def dicom_faults(
-    path:str # for the error
 ):
-    "Inside, whatever pydicom raises at damaged files becomes a `ValueError` that names the file."
-    try: yield
-    except Exception as e:
-        if str(e).startswith(f"{path}: "): raise
-        raise ValueError(f"{path}: truncated, or not a DICOM image that can be read ({e}). Get it again.") from e
+    "`Unfit` for a size that no mammogram has; the largest have about 40 million pixels."
+    if not (0 < width and 0 < height and width*height <= MAX_PIXELS):
+        raise Unfit(f"{path}: declares {width} × {height} px, {MAX_PIXELS:,} at most (sdmae.data.records.MAX_PIXELS). Get it again.")
 
 # %% ../../nbs/sources/cbis.ipynb #n014
 DEFLATED = b"1.2.840.10008.1.2.1.99" # a transfer syntax: all that follows is packed, and may unpack to any size
 
 # %% ../../nbs/sources/cbis.ipynb #t005
+DEFLATED = b"1.2.840.10008.1.2.1.99" # a transfer syntax: all that follows is packed, and may unpack to any size
+DICOM = dict(fault="truncated, or not a DICOM image that can be read", then="Get it again.") # for `named`
+
 def read_header(
     file:io.BufferedIOBase, path:str
 )->Dataset:
-    "A DICOM file's header, of one grey frame that can be decoded here; `ValueError` if it is damaged or says something else."
-    with dicom_faults(path):
-        if DEFLATED in file.read(2048): raise ValueError(f"{path}: a deflated DICOM. Save it uncompressed.")
+    "A DICOM file's header. `ValueError` if it is damaged, `Unfit` if it is of no grey mammogram."
+    with named(path, **DICOM):
+        if DEFLATED in file.read(2048): raise Unfit(f"{path}: a deflated DICOM. Save it uncompressed.")
         file.seek(0)
         d = dcmread(file, stop_before_pixels=True)
         check_size(int(d.Columns), int(d.Rows), path)
         frames, samples, kind = int(d.get("NumberOfFrames") or 1), int(d.get("SamplesPerPixel") or 1), d.get("PhotometricInterpretation")
         if frames != 1 or samples != 1 or kind not in ("MONOCHROME1", "MONOCHROME2"):
-            raise ValueError(f"{path}: {frames} frames of {samples} samples, {kind}; expected one grey image. Save the mammogram alone.")
-        if "ModalityLUTSequence" in d: raise ValueError(f"{path}: a table of values (Modality LUT), which is not read. Save it with slope.")
-        syntax = d.file_meta.TransferSyntaxUID
-        if syntax.is_compressed and not get_decoder(syntax).is_available:
-            raise ValueError(f"{path}: compressed as {syntax.name}, and no decoder for it is installed. `pip install pylibjpeg "
-                             "pylibjpeg-libjpeg pylibjpeg-openjpeg` brings them.")
+            raise Unfit(f"{path}: {frames} frames of {samples} samples, {kind}; expected one grey image. Save the mammogram alone.")
+        if "ModalityLUTSequence" in d: raise Unfit(f"{path}: a table of values (Modality LUT), which is not read. Save it with slope.")
         return d
 
+# %% ../../nbs/sources/cbis.ipynb #n012
+def check_pixels(
+    d:Dataset,
+    path:str # for the error
+):
+    "`Unfit` where no decoder is installed, or more pixels lie there than the header declares."
+    syntax = d.file_meta.TransferSyntaxUID
+    if syntax.is_compressed and not get_decoder(syntax).is_available:
+        raise Unfit(f"{path}: compressed as {syntax.name}, and no decoder for it is installed. `pip install pylibjpeg pylibjpeg-libjpeg "
+                    "pylibjpeg-openjpeg` brings them.")
+    declared = d.Rows*d.Columns*d.BitsAllocated//8
+    if not syntax.is_compressed and len(d.PixelData) > declared + 1:
+        raise Unfit(f"{path}: holds {len(d.PixelData):,} bytes of pixels, its header declares {declared:,}. Get it again.")
+
 # %% ../../nbs/sources/cbis.ipynb #n015
+def rescaled(
+    d:Dataset,
+    pixels:np.ndarray,
+    path:str           # for the error
+)->np.ndarray:
+    "Values times slope plus intercept, where a file gives them; `Unfit` where they are no numbers."
+    slope, intercept = (o if d.get(k) is None else float(d[k].value) for k, o in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
+    if (slope, intercept) != (1, 0):
+        with np.errstate(all="ignore"): pixels = pixels*slope + intercept
+    elif pixels.dtype.kind == "i": pixels = pixels.astype(np.int64)
+    if not slope or not np.isfinite(pixels).all():
+        raise Unfit(f"{path}: rescale slope {slope}, intercept {intercept}: its values mean nothing. Get it again.")
+    return pixels
+
+# %% ../../nbs/sources/cbis.ipynb #n013
 def read_dicom(
     data:bytes, path:str
 )->np.ndarray: # (H, W), bright is dense
-    "A DICOM file's values, rescaled where it says so; `ValueError` as `read_header`."
+    "A DICOM file's values; `ValueError` if it is damaged, `Unfit` as `read_header`, `check_pixels` and `rescaled`."
     read_header(io.BytesIO(data), path)
-    with dicom_faults(path):
+    with named(path, **DICOM):
         d = dcmread(io.BytesIO(data))
-        declared = d.Rows*d.Columns*d.BitsAllocated//8
-        if not d.file_meta.TransferSyntaxUID.is_compressed and len(d.PixelData) > declared + 1:
-            raise ValueError(f"{path}: holds {len(d.PixelData):,} bytes of pixels, its header declares {declared:,}. Get it again.")
-        pixels = d.pixel_array
-        slope, intercept = (o if d.get(k) is None else float(d[k].value) for k, o in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
-        if not slope or not np.isfinite([slope, intercept]).all():
-            raise ValueError(f"{path}: rescale slope {slope}, intercept {intercept}: its values mean nothing. Get it again.")
-        if (slope, intercept) != (1, 0): pixels = pixels*slope + intercept
-        elif pixels.dtype.kind == "i": pixels = pixels.astype(np.int64)
-        if not np.isfinite(pixels).all(): raise ValueError(f"{path}: values that are no numbers. Get it again.")
+        check_pixels(d, path)
+        pixels = rescaled(d, d.pixel_array, path)
         return pixels.max() - pixels if d.PhotometricInterpretation == "MONOCHROME1" else pixels
-
-# %% ../../nbs/sources/cbis.ipynb #n017
-def upright(
-    im:Image.Image # opened
-)->tuple[int,int]: # width, height
-    "An image's size as it is shown, from its header."
-    turned = im.format != "PNG" or "exif" in im.info # a PNG would be read to its end
-    return im.size[::-1] if turned and im.getexif().get(0x112, 1) > 4 else im.size
-
-# %% ../../nbs/sources/cbis.ipynb #t006
-def check_picture(
-    im:Image.Image, data:bytes, # opened, and the file's
-    path:str                    # for the error
-):
-    "Raises `ValueError` for what is no plain grey image."
-    check_size(*im.size, path)
-    if im.format != "PNG" and getattr(im, "n_frames", 1) > 1: raise ValueError(f"{path}: {im.n_frames} pages; expected one image.")
-    if data[:4] == b"\x89PNG" and data[24] == 16 and data[25]: raise ValueError(f"{path}: colour of 16 bits. Save it as grey.")
-    if im.mode == "F": raise ValueError(f"{path}: numbers with fractions. Save it as grey of 8 or 16 bits.")
-    if im.has_transparency_data and im.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-        raise ValueError(f"{path}: parts of it are transparent. Save it without an alpha channel.")
-
-# %% ../../nbs/sources/cbis.ipynb #n018
-@contextmanager
-def opened(
-    file, path:str # of the image, and for the error
-):
-    "Inside, an image, its header read; `ValueError` that names the file where it is damaged, or of a size that no mammogram has."
-    try:
-        with Image.open(file) as im: yield im
-    except Image.DecompressionBombError as e: raise ValueError(f"{path}: {e} Get the file again.") from e
-    except Exception as e: # Pillow's readers raise of every kind at damaged files
-        if str(e).startswith(f"{path}: "): raise
-        raise ValueError(f"{path}: truncated, or not an image that can be read ({e}). Replace the file or take it out of the data.") from e
 
 # %% ../../nbs/sources/cbis.ipynb #t007
 def read_picture(
     data:bytes, path:str
 )->np.ndarray: # (H, W) uint8 or uint16
-    "A grey image, upright; `ValueError` as `opened` and `check_picture`."
-    with opened(io.BytesIO(data), path) as im:
-        check_picture(im, data, path)
-        im = ImageOps.exif_transpose(im)
-        if im.mode[0] != "I": return np.asarray(im if im.mode == "L" else im.convert("L"))
-        pixels = np.asarray(im)
-        if pixels.min() < 0 or pixels.max() > 65535: raise ValueError(f"{path}: numbers beyond 16 bits. Save it as grey of 8 or 16 bits.")
+    "A grey image, upright; `ValueError` as `opened`, `Unfit` as `one_page` and `shallow`, or beyond 16 bits."
+    im = opened(io.BytesIO(data), path)
+    with named(path):
+        one_page(im, path)
+        if im.mode[0] != "I": shallow(im, path); return flat(im, "L")
+        pixels = np.asarray(ImageOps.exif_transpose(im))
+        if pixels.min() < 0 or pixels.max() > 65535: raise Unfit(f"{path}: numbers beyond 16 bits. Save it as grey of 8 or 16 bits.")
         return pixels.astype(np.uint16)
 
 # %% ../../nbs/sources/cbis.ipynb #n019
@@ -428,13 +389,9 @@ def grey_size(
     place:Path, name:str, path:str  # as `read_bytes`
 )->tuple[int,int]:                  # width, height
     "Size of an image, from its header."
-    with open_file(place, name) as f:
-        if begins_as_dicom(f) or name.lower().endswith(".dcm"):
-            d = read_header(f, path)
-            return int(d.Columns), int(d.Rows)
-        with opened(f, path) as im:
-            check_size(*im.size, path)
-            return upright(im)
+    if not name.lower().endswith(".dcm") and not begins_as_dicom(place, name): return size_of(place, name, path)
+    with open_file(place, name) as f: d = read_header(f, path)
+    return int(d.Columns), int(d.Rows)
 
 # %% ../../nbs/sources/cbis.ipynb #c030
 def two_valued(
@@ -563,10 +520,7 @@ def unread(
         notes.append(f"{left} images were not read: data.cbis.findings is {' and '.join(findings)}")
     if left := sum(len(here) for key, here in files.items() if key.startswith(kinds) and key.endswith("_MASK")):
         notes.append(f"{left} masks of all lesions of a view together were not read")
-    other = Counter(PurePosixPath(n).suffix.lower() or PurePosixPath(n).name for n in names
-                    if n not in images and n not in read and PurePosixPath(n).name != "SYNTHETIC.txt")
-    if other: notes.append(f"{other.total()} other files were not read: {', '.join(f'{s} {k}' for s, k in sorted(other.items())[:9])}")
-    return notes
+    return notes + left_out([n for n in names if n not in images and n not in read])
 
 # %% ../../nbs/sources/cbis.ipynb #c038
 def having_masks(
@@ -618,11 +572,12 @@ def cbis(
     path:Path, data:DataParams
 )->Source: # not yet split further
     "CBIS-DDSM from a folder or a zip: DICOM, JPEG with dicom_info.csv, or re-packed; a record for each lesion or view."
-    rows, names, chosen = all_cases(path, data.cbis.findings), list_files(path, ("",)), data.cbis
+    chosen, left = data.cbis, []
+    rows, names = all_cases(path, chosen.findings), list_files(path, ("",), left)
     files, more = index_files(path, names)
     check_files(rows, files, path)
     notes = [f"read {len(g)} lesions on {g.case.nunique()} mammograms of {g.patient_id.nunique()} patients, {f} {s}, from {path}" for (f,s),
-             g in rows.groupby(["finding","split"], sort=False)] + more
+             g in rows.groupby(["finding","split"], sort=False)] + more + left
     tables = {case_file(path, names, f, s) for f in chosen.findings for s in PARTS}
     notes += unread(names, files, chosen.findings, tables | {n for n in names if PurePosixPath(n).name.lower() == "dicom_info.csv"})
     if unknown := (~rows.breast_density.isin(DENSITY)).sum():

@@ -8,23 +8,24 @@ __all__ = ['MASKS', 'toy_nuclei', 'check_mask', 'decode_mask', 'instances', 'Pai
            'check_contents', 'save_pairs', 'load_pairs', 'split_by_group']
 
 # %% ../../nbs/sources/masks.ipynb #c002
-import io, json, re, unicodedata
-from collections import Counter, defaultdict
+import io, json, re
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from hashlib import sha1
 from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 from skimage.draw import ellipse
 from skimage.measure import label
-from ..data.records import Record, draw_share, list_files, list_images, open_file, read_bytes
+from ..data.records import (ORIENTATION, Record, Unfit, draw_share, left_out, list_files, list_images, look_alikes, named, one_page,
+                                open_file, opened, read_bytes, size_of, tidy)
 from ..files import sha256, whole, write_json
-from .cbis import opened, upright
 
 # %% ../../nbs/sources/masks.ipynb #c005
 def toy_nuclei(
@@ -46,13 +47,12 @@ def check_mask(
     im:Image.Image, # opened
     path:str        # for the error
 ):
-    "Raises `ValueError` for an image whose numbers do not say what is nucleus."
-    if im.format == "JPEG": raise ValueError(f"{path}: JPEG blurs the edges of a mask. Give it as PNG or TIFF.")
-    if im.format != "PNG" and getattr(im, "n_frames", 1) > 1:
-        raise ValueError(f"{path}: {im.n_frames} pages; a mask is one page. Give all nuclei numbers of their own, on one.")
+    "`Unfit` for an image whose numbers do not say what is nucleus, or of several pages."
+    if im.format in ("JPEG", "MPO"): raise Unfit(f"{path}: JPEG blurs the edges of a mask. Give it as PNG or TIFF.")
     if im.mode == "P" and im.getpalette()[:3] != [0, 0, 0]:
-        raise ValueError(f"{path}: a palette whose number 0 is not black, so that the background is not known. Save it as 8-bit mask or "
-                         "16-bit labels.")
+        raise Unfit(f"{path}: a palette whose number 0 is not black, so that the background is not known. Save it as 8-bit mask or 16-bit "
+                    "labels.")
+    one_page(im, path)
 
 # %% ../../nbs/sources/masks.ipynb #t000
 def decode_mask(
@@ -60,7 +60,8 @@ def decode_mask(
     path:str    # for the error
 )->np.ndarray:  # (H, W) uint8 or uint16
     "A mask's numbers, upright; `ValueError` if it is truncated, no image, has colours or numbers beyond 16 bits, or as `check_mask`."
-    with opened(io.BytesIO(data), path) as im:
+    im = opened(io.BytesIO(data), path)
+    with named(path):
         check_mask(im, path)
         mode, mask = im.mode, np.asarray(ImageOps.exif_transpose(im))
     if mask.ndim != 2 or mask.dtype.kind not in "bui":
@@ -103,7 +104,7 @@ def sides(
     "The files below `images/` and below `masks/` or `labels/`, by name without suffix; `ValueError` where a name comes twice."
     found = dict(images={}, masks={})
     for file, read, path in list_images(place, place.name):
-        *parents, last = PurePosixPath(unicodedata.normalize("NFC", file)).parts
+        *parents, last = PurePosixPath(normalize("NFC", file)).parts
         at = next((i for i, p in enumerate(parents) if p in ("images", *MASKS)), None)
         if at is None: continue
         side = found["images" if parents[at] == "images" else "masks"]
@@ -122,7 +123,7 @@ def slide_of(
     try: match = re.search(group, name)
     except re.error as e: raise ValueError(f"masks.group {group!r} is no regular expression ({e}).") from e
     if match and not match.re.groups: raise ValueError(f"masks.group {group!r} has no group: put what names the slide in parentheses.")
-    slide = " ".join((match[1] or "").split()) if match else ""
+    slide = tidy(match[1] or "") if match else ""
     if not slide:
         raise ValueError(f"{path}: masks.group {group!r} finds no slide in {name!r}. Change the expression; ^(.+)$ makes every image a "
                          "slide of its own.")
@@ -152,10 +153,11 @@ def check_sides(images:dict, masks:dict, place:Path):
 def form_of(
     place:Path, name:str, path:str # as `read_bytes`
 )->tuple[int,int,int]: # width and height as shown, and how it is turned (EXIF; 1: not)
-    "An image's form, from its header; `ValueError` as `opened`."
-    with open_file(place, name) as f, opened(f, path) as im:
-        turn = im.getexif().get(0x112, 1) if im.format != "PNG" or "exif" in im.info else 1
-        return *upright(im), turn
+    "An image's form, from its header; `ValueError` as `size_of`."
+    with named(path), open_file(place, name) as f:
+        im = opened(f, path)
+        turn = im.getexif().get(ORIENTATION, 1) if im.format != "PNG" or "exif" in im.info else 1 # a PNG would be read to its end
+    return *size_of(place, name, path), turn
 
 # %% ../../nbs/sources/masks.ipynb #t002
 def check_pair(
@@ -190,18 +192,10 @@ def pair_notes(
     path:str|Path, # as `read_pairs`
     pairs:list[Pair]
 )->list[str]:
-    "What lies there and is not read, counted, and names of slides that differ in capitals, spaces or zeros only."
-    place, notes = Path(path), []
-    outside = Counter(PurePosixPath(n).suffix.lower() or PurePosixPath(n).name for n in list_files(place, ("",))
-                      if not {"images", *MASKS}.intersection(PurePosixPath(n).parts[:-1]))
-    inside = len(list_files(place, ("",))) - outside.total() - 2*len(pairs)
-    if outside: notes.append(f"{outside.total()} files outside images/ and masks/ were not read: "
-                             + ", ".join(f"{s} {k}" for s, k in sorted(outside.items())[:9]))
-    if inside: notes.append(f"{inside} files below images/ and masks/ are no images of a known ending and were not read")
-    near = defaultdict(set)
-    for p in pairs: near[re.sub(r"[\s_-]|(?<!\d)0+(?=\d)", "", p.slide.casefold())].add(p.slide)
-    return notes + [f"warning: slides {' and '.join(map(repr, sorted(s)))} nearly agree: if they are one, give them one name"
-                    for s in near.values() if len(s) > 1]
+    "What lies there and is not read, counted, and names of slides that nearly agree."
+    notes, read = [], {file for side in sides(Path(path)).values() for file, *_ in side.values()}
+    names = list_files(Path(path), ("",), notes)
+    return notes + left_out([n for n in names if n not in read]) + look_alikes([p.slide for p in pairs], "slides")
 
 # %% ../../nbs/sources/masks.ipynb #n008
 def print_of(
