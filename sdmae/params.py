@@ -68,6 +68,7 @@ class DataParams(Section):
     valid_fraction:float = Field(0.15, gt=0, lt=0.5)        # of train, where the publisher ships no valid split; of masks: of the slides
     limit:int|None = Field(None, ge=1)                      # at most so many tiles a split, for trials
     seed:int = Field(0, ge=0)                               # of the split
+    copies:Literal["refuse","warn"] = "refuse"              # tiles of own data that are in two splits
     cbis:CBISParams|None = None                             # for the adapter cbis
     masks:MasksParams|None = None                           # for the adapter masks
 

@@ -95,7 +95,7 @@ def test_nct_missing(tmp_path, missing, message):
     with pytest.raises(FileNotFoundError, match=message): open_source(params(tmp_path, "nct"))
     with pytest.raises(FileNotFoundError, match="does not exist"): open_source(params(tmp_path/"nowhere", "nct"))
 
-@pytest.mark.parametrize("name", ["NCT-CRC-HE-100K/TUMOR/a.png", "NCT-CRC-HE-100K/train/TUM/a.png", "NCT-CRC-HE-100K/a.png", "a.png"])
+@pytest.mark.parametrize("name", ["NCT-CRC-HE-100K/TUMOR/a.png", "NCT-CRC-HE-100K/test/TUM/a.png", "NCT-CRC-HE-100K/a.png", "a.png"])
 def test_nct_wrong_layout(tmp_path, name):
     zipped(tmp_path/"NCT-CRC-HE-100K.zip", {name: image()})
     zipped(tmp_path/"CRC-VAL-HE-7K.zip", {"CRC-VAL-HE-7K/TUM/a.png": image()})
@@ -361,7 +361,7 @@ def test_bad_image_is_named_and_nothing_is_overwritten(tmp_path, kind, pack):
     good = put(tmp_path/"good", tiles(10))
     before = prepare(open_source(params(good)), tmp_path/"prepared", params(good)).manifest
     bad = pack(tmp_path/"bad.zip", {**tiles(10), "b/bad.png":bad_files()[kind]})
-    with pytest.raises(ValueError, match="b/bad.png: truncated, or not an image"): prepare(open_source(params(bad)), tmp_path/"prepared", params(bad))
+    with pytest.raises(ValueError, match="b/bad.png: (truncated, or not an image|more than 8 bits)"): prepare(open_source(params(bad)), tmp_path/"prepared", params(bad))
     after = TileStore(tmp_path/"prepared")
     assert after.manifest == before and sha256(tmp_path/"prepared/tiles.npy") == before["sha256"]["tiles.npy"]
     assert {p.name for p in tmp_path.iterdir()} == {"good", "prepared", "bad.zip"}
@@ -538,7 +538,7 @@ def test_store_damaged(store, tmp_path):
     put(tmp_path/"a", {**files, "tiles.npy":files["tiles.npy"][:-1000]})
     with pytest.raises(ValueError, match="tiles.npy: truncated"): TileStore(tmp_path/"a")
     put(tmp_path/"b", {**files, "table.csv":files["table.csv"].rsplit(b"\n", 2)[0]})
-    with pytest.raises(ValueError, match="300 tiles but 299 rows"): TileStore(tmp_path/"b")
+    with pytest.raises(ValueError, match="table.csv: not as it was written"): TileStore(tmp_path/"b")
     put(tmp_path/"c", {**files, "manifest.json":files["manifest.json"].replace(b'"tasks"', b'"other"')})
     with pytest.raises(ValueError, match="earlier version. Run the stage prepare again"): TileStore(tmp_path/"c")
 

@@ -179,7 +179,7 @@ def test_training_goes_on_in_the_middle_of_an_epoch(shards, tmp_path):
     assert resumed.steps == 40-27 and torch.equal(resumed.w, whole.w)
 
 def test_a_memory_map_trains_as_a_resident_store(tmp_path):
-    source = Source("test", [r for s in ("train","valid","test") for r in records(noise(40), s)], ["a","b"], False, [])
+    source = Source("test", [r for k, s in enumerate(("train","valid","test")) for r in records(noise(40, seed=k), s)], ["a","b"], False, [])
     store = prepare(source, tmp_path/"store", DataParams(name="test", adapter="folder", path="x", image_size=16))
     def fit(max_bytes):
         model, batches = Slope(), Batches(store.to("cpu", max_bytes), store.indices("train"), 8)
@@ -283,7 +283,7 @@ def test_batches_that_cannot_be(shards):
 # The command
 
 def test_the_command(tmp_path, capsys):
-    source = Source("test", [r for s in ("train","valid","test") for r in records(noise(6), s)], ["a","b"], False, [])
+    source = Source("test", [r for k, s in enumerate(("train","valid","test")) for r in records(noise(6, seed=k), s)], ["a","b"], False, [])
     prepare(source, tmp_path/"store", DataParams(name="test", adapter="folder", path="x", image_size=16))
     assert main(["write", str(tmp_path/"store"), str(tmp_path/"set"), "--format", "png", "--split", "test"]) == 0
     assert main(["index", str(tmp_path/"set")]) == 0
