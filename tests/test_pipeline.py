@@ -100,7 +100,7 @@ def test_what_fails_after_the_training_costs_no_step(work):
     edit_params(work, encoder__mae__mask_ratio=0.6)
     (work/"build"/"broken").write_text("")
     assert "a plot fails" in sh(work, "dvc", "repro", "pretrain@tissue-mae-0", fails=True)
-    complete, = (work/"checkpoints"/run_of("tissue", "mae", 0)).glob("*.pt")
+    complete = max((work/"checkpoints"/run_of("tissue", "mae", 0)).glob("*.pt"), key=lambda p: p.stat().st_mtime_ns)
     written = complete.stat().st_mtime_ns
     (work/"build"/"broken").unlink()
     sh(work, "dvc", "repro", "pretrain@tissue-mae-0")
@@ -112,7 +112,7 @@ def test_what_fails_after_the_training_costs_no_step(work):
 def test_the_doctor_finds_what_is_damaged(work):
     "A finished pipeline is well; a byte of the store, of a score and of a parameter is named with what to do."
     clean = subprocess.run([sys.executable, "-m", "sdmae.doctor"], cwd=work, env=ENV, capture_output=True, text=True)
-    assert "encoders can be read" in clean.stdout and "!!" not in clean.stdout.replace("!!  memory", "").replace("!!  disk", ""), clean.stdout + clean.stderr
+    assert "encoders can be read" in clean.stdout and not re.search("!!  (?!memory|disk)", clean.stdout), clean.stdout + clean.stderr
     for name in ("stores/tissue/tiles.npy", "evals/tissue/tissue/probe/mae-0/scores.json"):
         data = bytearray((work/name).read_bytes()); data[-1] ^= 1
         (work/name).unlink(); (work/name).write_bytes(data)

@@ -135,4 +135,4 @@ def test_a_report_of_results_that_other_parameters_made(work):
     sh(work, "dvc", "repro", "--single-item", "--force", "report@tissue")
     page = (work/"reports"/"tissue"/"index.html").read_text()
     assert page.count("was made of something else than parameters, data and code say now") >= 2
-    assert "pretrain.epochs: 1 → 2" in page and "recipe.subsets: 2 → 3" in page and "1 epochs of 62 images" in page and "2 epochs of" not in page
+    assert "pretrain.epochs: 1 → 2" in page and "recipe.subsets: 2 → 3" in page and re.search(r"1 epochs of \d+ images", page) and "2 epochs of" not in page
