@@ -114,7 +114,8 @@ def torn(
     counts = defaultdict(int)
     for b, a in pairs.items(): counts[table.split[b], table.split[a]] += 1
     b = min(pairs)
-    return f"{', '.join(f'{n} of {s} in {o}' for (s, o), n in sorted(counts.items()))}; the first is {table.path[b]} = {table.path[pairs[b]]}"
+    several = ", ".join(f"{n} of {s} in {o}" for (s, o), n in sorted(counts.items()))
+    return f"{several}; the first is {table.path[b]} = {table.path[pairs[b]]}"
 
 # %% ../../nbs/data/copies.ipynb #c016
 def exact_copies(
@@ -130,6 +131,7 @@ def exact_copies(
         out |= {int(r): first[have[0]] for r in rows if table.split[r] != have[0]}
     return out
 
+# %% ../../nbs/data/copies.ipynb #d000
 def copy_notes(
     groups:list[np.ndarray], # of `runs`, without flat tiles
     table

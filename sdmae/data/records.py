@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SUFFIXES', 'SYNTHETIC', 'FORMATS', 'MAX_PIXELS', 'MAX_BYTES', 'ORIENTATION', 'KINDS', 'NOISE', 'WANTED',
-           'NUMBER', 'UNKNOWN', 'Record', 'Task', 'Source', 'Unfit', 'named', 'opened', 'one_page', 'shallow', 'flat',
-           'decode', 'open_file', 'bytes_of', 'read_bytes', 'read_image', 'first_look', 'size_of', 'other_kind',
+           'UNSEEN', 'NUMBER', 'UNKNOWN', 'Record', 'Task', 'Source', 'Unfit', 'named', 'opened', 'one_page', 'shallow',
+           'flat', 'decode', 'open_file', 'bytes_of', 'read_bytes', 'read_image', 'first_look', 'size_of', 'other_kind',
            'check_entry', 'open_zip', 'walk', 'kinds_of', 'left_out', 'zip_names', 'check_names', 'list_files',
-           'list_images', 'is_synthetic', 'tidy', 'joined', 'look_alikes', 'draw_share', 'quotas']
+           'list_images', 'is_synthetic', 'tidy', 'joined', 'alike_key', 'look_alikes', 'draw_share', 'quotas']
 
 # %% ../../nbs/data/records.ipynb #c002
 import io, os, re, tarfile, unicodedata, zipfile
@@ -216,13 +216,15 @@ def other_kind(file:Path)->str:
     with open(file, "rb") as f: head = f.read(8)
     return next((kind for start, kind in KINDS.items() if head.startswith(start)), "")
 
+# %% ../../nbs/data/records.ipynb #u022
 def check_entry(
     archive:Path, i:zipfile.ZipInfo
 ):
     "`ValueError` for an entry that leads outside, is encrypted, or is packed in a way that Python does not know."
     name = i.orig_filename.replace("\\", "/")
     if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in name.split("/"):
-        raise ValueError(f"{archive}: entry {i.orig_filename!r} leads outside the archive. Do not use this file; get it from its publisher.")
+        raise ValueError(f"{archive}: entry {i.orig_filename!r} leads outside the archive. Do not use this file; get it from its "
+                         "publisher.")
     if i.flag_bits & 1:
         raise ValueError(f"{archive}: entry {i.filename!r} is encrypted. Unpack it with its password and give the folder.")
     if i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
@@ -266,6 +268,8 @@ def walk(
 def _hidden(name): return any(p.startswith((".", "__MACOSX")) or p in ("Thumbs.db", "desktop.ini") for p in PurePosixPath(name).parts)
 def _noise(name): return any(p.startswith(("__MACOSX", "._")) or p in NOISE for p in PurePosixPath(name).parts)
 NOISE = {".DS_Store", "Thumbs.db", "desktop.ini", ".git", ".ipynb_checkpoints", "SYNTHETIC.txt"}
+
+# %% ../../nbs/data/records.ipynb #u023
 WANTED = (".gif", ".webp", ".jp2", ".jfif", ".heic", ".avif", ".svs", ".ndpi", ".mrxs", ".scn", ".dcm", ".npy", ".npz", ".h5", ".hdf5",
           ".zip", ".tar", ".gz", ".tgz", ".7z", ".rar") # likely meant as data
 
@@ -273,8 +277,9 @@ def kinds_of(
     names:list[str]
 )->str:             # "9 .xml, 3 .txt"
     "How many files there are of each ending; one of its kind by its name."
-    ending = lambda n: PurePosixPath(n).suffix.lower() or "without ending"
-    return ", ".join(f"{c} {e}" if c > 1 else next(n for n in names if ending(n) == e) for e, c in Counter(map(ending, names)).most_common(6))
+    by = defaultdict(list)
+    for n in names: by[PurePosixPath(n).suffix.lower() or "without ending"].append(n)
+    return ", ".join(f"{len(ns)} {e}" if len(ns) > 1 else ns[0] for e, ns in sorted(by.items(), key=lambda o: -len(o[1]))[:6])
 
 # %% ../../nbs/data/records.ipynb #u012
 def left_out(
@@ -291,6 +296,7 @@ def left_out(
     if empty := [e for e in empty if not _hidden(e)]: notes.append(f"warning: empty folders: {len(empty)}; the first is {min(empty)}")
     return notes
 
+# %% ../../nbs/data/records.ipynb #u024
 def zip_names(
     archive:Path
 )->tuple[list[str],...]: # as `walk`
@@ -299,6 +305,7 @@ def zip_names(
     full = {str(p) for n in (*files, *folders) for p in PurePosixPath(n).parents}
     return files, [], [], [f for f in folders if str(PurePosixPath(f)) not in full]
 
+# %% ../../nbs/data/records.ipynb #u025
 def check_names(names:list[str], place:Path):
     "`ValueError` for a name that is there twice, as a zip allows, or that cannot be written down."
     twice = [n for n, c in Counter(names).items() if c > 1]
@@ -318,8 +325,8 @@ def list_files(
     fits = lambda n: not _hidden(n) and n.lower().endswith(suffixes)
     names, others = sorted(filter(fits, files)), sorted(n for n in files if not fits(n))
     if gone := sorted(n for n in odd if not _hidden(n) and (fits(n) or not PurePosixPath(n).suffix)):
-        raise FileNotFoundError(f"{place}: {gone[0]} is a link to nothing, or no file; {len(gone)} such in all. Is a disk not mounted? Mend "
-                                "or remove them.")
+        raise FileNotFoundError(f"{place}: {gone[0]} is a link to nothing, or no file; {len(gone)} such in all. Is a disk not mounted? "
+                                "Mend or remove them.")
     if not names:
         there = [n for n in others if not _noise(n)]
         way = " Unpack the archive, or name it in data.path if it is a zip." if any(n.endswith(WANTED[-6:]) for n in there) else ""
@@ -347,11 +354,13 @@ def is_synthetic(
     return open_zip(place).comment.decode(errors="replace") == SYNTHETIC
 
 # %% ../../nbs/data/records.ipynb #u016
+UNSEEN = re.compile("[\x00-\x08\x0e-\x1b\x7f\u200b-\u200f\u2060\ufeff\u00ad]")
+
 def tidy(
     text:str
 )->str:
     "Text with its spaces trimmed and single, without invisible characters, accents in Unicode's composed form."
-    return re.sub(r"\s+", " ", re.sub("[\x00-\x08\x0e-\x1b\x7f\u200b-\u200f\u2060\ufeff\u00ad]", "", unicodedata.normalize("NFC", text))).strip()
+    return re.sub(r"\s+", " ", UNSEEN.sub("", unicodedata.normalize("NFC", text))).strip()
 
 # %% ../../nbs/data/records.ipynb #u019
 NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
@@ -369,17 +378,23 @@ def joined(
     pairs = [f"{v} and {to}" for v, to in change.items() if v != to]
     return [change.get(v, v) for v in values], [f"joined as one {what}: {', '.join(pairs[:3])}" + " …"*(len(pairs) > 3)]*bool(pairs)
 
+# %% ../../nbs/data/records.ipynb #u026
+def alike_key(name:str)->str:
+    "What names have in common that differ only by capitals, separators or leading zeros."
+    return re.sub(r"(?<![\d.])0+(?=\d)", "", re.sub(r"[\s_-]+", " ", name.casefold()))
+
 def look_alikes(
     names,      # tidy
     what:str    # "classes" or "groups", for the notes
 )->list[str]:   # warnings
-    "Names that differ only by capitals, separators or leading zeros; a group that seems to mean that none is known."
-    alike = defaultdict(list)
-    for n in dict.fromkeys(names): alike[re.sub(r"(?<![\d.])0+(?=\d)", "", re.sub(r"[\s_-]+", " ", n.casefold()))].append(n)
+    "Names that may be the same; a group that seems to mean that none is known."
+    alike, notes = defaultdict(list), []
+    for n in dict.fromkeys(names): alike[alike_key(n)].append(n)
     pairs = [" and ".join(map(repr, v[:2])) for v in alike.values() if len(v) > 1]
-    notes = [f"warning: {what} that may be the same: {', '.join(pairs[:3])}" + f" and {len(pairs)-3} more pairs"*(len(pairs) > 3)]*bool(pairs)
+    if pairs: notes.append(f"warning: {what} that may be the same: {', '.join(pairs[:3])}" + f", {len(pairs)} in all"*(len(pairs) > 3))
     odd = sorted({n for n in names if n.casefold() in UNKNOWN})
-    return notes + [f"warning: {what} called {', '.join(odd)}: leave the cell empty where nothing is known"]*(what == "groups" and bool(odd))
+    if odd and what == "groups": notes.append(f"warning: groups called {', '.join(odd)}: leave the cell empty where nothing is known")
+    return notes
 
 # %% ../../nbs/data/records.ipynb #c024
 def draw_share(

@@ -70,9 +70,11 @@ def read_index(
     with named(file, "damaged", again): index = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(index, dict) or not isinstance(hashes := index.get("sha256"), dict):
         raise ValueError(f"{file} was written by an earlier version. {again}")
-    if hashes.get("index.json") != own_hash(index, "index.json"): raise ValueError(f"{file}: not as it was written, its hash is another. {again}")
+    if hashes.get("index.json") != own_hash(index, "index.json"):
+        raise ValueError(f"{file}: not as it was written, its hash is another. {again}")
     return index
 
+# %% ../../nbs/data/shards.ipynb #d000
 class Shards:
     "An indexed folder, opened. `FileNotFoundError` if it is none or lacks a tar, `ValueError` if a tar is not the one that was indexed."
     def __init__(self,
@@ -101,7 +103,8 @@ def check_size(self:Shards, file:Path, size:int):
     "`FileNotFoundError` or `ValueError` where a tar is not there or has another size than the index knows."
     if not file.is_file(): raise FileNotFoundError(f"{file} is missing, but index.json lists it. Put it back. {self.again}")
     if file.stat().st_size != size:
-        raise ValueError(f"{file}: {file.stat().st_size} bytes, but {size} in index.json; it was changed or truncated. Get it again. {self.again}")
+        raise ValueError(f"{file}: {file.stat().st_size} bytes, but {size} in index.json; it was changed or truncated. Get it again. "
+                         f"{self.again}")
 
 @patch
 def verify(self:Shards):

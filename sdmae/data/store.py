@@ -127,6 +127,7 @@ def own_hash(
     rest = values | dict(sha256={k: v for k, v in values["sha256"].items() if k != file})
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
+# %% ../../nbs/data/store.ipynb #d000
 def make_manifest(
     source:Source, data:DataParams, table:pd.DataFrame,
     sums:list,       # of `fill`, without marks
@@ -158,6 +159,7 @@ def check_room(folder:Path, need:int):
     if (free := shutil.disk_usage(folder.parent).free) < need:
         raise OSError(f"{folder}: its tiles need {need/1e9:.1f} GB, {free/1e9:.1f} GB are free. Make room or set data.limit.")
 
+# %% ../../nbs/data/store.ipynb #d001
 def prepare(
     source:Source,         # of `open_source`
     folder:Path,           # replaced as a whole, on success only
@@ -192,6 +194,7 @@ def read_manifest(
         raise ValueError(f"{file}: not as it was written, its hash is another. Run the stage prepare again.")
     return made
 
+# %% ../../nbs/data/store.ipynb #d002
 def read_tiles(
     file:Path,
     shape:tuple # (N, S, S, C)

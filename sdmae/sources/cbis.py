@@ -291,9 +291,6 @@ def check_size(
     if not (0 < width and 0 < height and width*height <= MAX_PIXELS):
         raise Unfit(f"{path}: declares {width} × {height} px, {MAX_PIXELS:,} at most (sdmae.data.records.MAX_PIXELS). Get it again.")
 
-# %% ../../nbs/sources/cbis.ipynb #n014
-DEFLATED = b"1.2.840.10008.1.2.1.99" # a transfer syntax: all that follows is packed, and may unpack to any size
-
 # %% ../../nbs/sources/cbis.ipynb #t005
 DEFLATED = b"1.2.840.10008.1.2.1.99" # a transfer syntax: all that follows is packed, and may unpack to any size
 DICOM = dict(fault="truncated, or not a DICOM image that can be read", then="Get it again.") # for `named`

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'NCT_CLASSES', 'PCAM_CLASSES', 'NCT_TRAIN', 'NCT_TEST', 'NCT_TILES', 'PCAM_TILES', 'PCAM_LABELS',
            'GROUP_LIKE', 'ADAPTERS', 'parse_layout', 'nct_name', 'below', 'nct', 'read_h5', 'check_written',
-           'read_table', 'pcam', 'folder', 'read_rows', 'spelled', 'once', 'csv', 'draw_plain', 'deal', 'draw_even',
-           'assign_splits', 'check_groups', 'limit_splits', 'few_groups', 'check_splits', 'drop', 'drawn_splits',
-           'open_source']
+           'read_table', 'pcam', 'beside', 'folder', 'read_rows', 'spelled', 'once', 'found_files', 'csv', 'draw_plain',
+           'deal', 'uneven', 'draw_even', 'assign_splits', 'check_groups', 'limit_splits', 'few_groups', 'check_splits',
+           'drop', 'drawn_splits', 'open_source']
 
 # %% ../../nbs/sources/publishers.ipynb #c002
 import io, os, re, unicodedata
@@ -44,8 +44,8 @@ def parse_layout(
         split = SPLIT_NAMES.get(above[-1].lower(), "") if above else ""
         form = (tuple(above[:-1] if split else above), bool(split))
         if seen.setdefault("form", form) != form:
-            raise ValueError(f"{place}: {n} and {seen['name']} are laid out differently; expected [split/]label/image everywhere. Images of "
-                             "a patient each may be listed in a CSV, with a column group.")
+            raise ValueError(f"{place}: {n} and {seen['name']} are laid out differently; expected [split/]label/image everywhere. Patients "
+                             "may be told in a CSV, in a column group.")
         if label.lower() in SPLIT_NAMES:
             raise ValueError(f"{place}: {n}: the folder of a label is called {label!r}; expected [split/]label/image.")
         seen.setdefault("name", n); out.append((split, label))
@@ -143,6 +143,7 @@ def _h5_file(file):
         raise FileNotFoundError(f"{file} is missing. PatchCamelyon's files are on Zenodo, record 2546921.")
     with named(file, "not an HDF5 file, or truncated", "Get it again."): return _h5(file)
 
+# %% ../../nbs/sources/publishers.ipynb #d000
 def check_written(
     file:Path,
     x:h5py.Dataset
@@ -152,8 +153,10 @@ def check_written(
         raise ValueError(f"{file}: {x.name} {x.shape} is kept in pieces of {x.chunks}, too large to be read. Get the file again.")
     whole = np.prod([-(-n//c) for n, c in zip(x.shape, x.chunks)]) if x.chunks else x.nbytes
     there = x.id.get_num_chunks() if x.chunks else x.id.get_storage_size()
-    if there < whole: raise ValueError(f"{file}: {x.name} {x.shape} was not written to its end, {there/max(whole, 1):.0%} are there. Get it again.")
+    if there < whole:
+        raise ValueError(f"{file}: {x.name} {x.shape} was not written to its end, {there/max(whole, 1):.0%} are there. Get it again.")
 
+# %% ../../nbs/sources/publishers.ipynb #d001
 def _h5_array(file, key):
     "Dataset `key` of an HDF5 file, open, as far as can be told without reading it."
     f = _h5_file(file)
@@ -184,6 +187,7 @@ def read_table(
     rows = rows.apply(lambda c: c if c.name == "path" else c.map(tidy)).set_axis(range(2, len(rows)+2)) # names of files stay
     return rows[rows.ne("").any(axis=1)]
 
+# %% ../../nbs/sources/publishers.ipynb #d002
 def _pcam_slides(file, labels):
     "Slide of each row from the `_meta.csv` beside the HDF5 files, else empty strings; and notes."
     if not file.exists():
@@ -194,7 +198,8 @@ def _pcam_slides(file, labels):
     if len(meta) != len(labels): raise ValueError(f"{file}: {len(meta)} rows for {len(labels)} tiles; it belongs to another file.")
     said = meta.get("center_tumor_patch", pd.Series(dtype=str)).str.lower().map({"true":1, "1":1, "false":0, "0":0}).dropna()
     other = int((said.to_numpy() != labels).sum()) if len(said) == len(labels) else 0
-    return meta.wsi.tolist(), [f"warning: {file.name} speaks of {other} tiles otherwise than their labels; is it of the same set?"]*bool(other)
+    notes = [f"warning: {file.name} speaks of {other} tiles otherwise than their labels; is it of the same set?"]*bool(other)
+    return meta.wsi.tolist(), notes
 
 # %% ../../nbs/sources/publishers.ipynb #c019
 def _pcam_labels(file, n):
@@ -208,6 +213,7 @@ def _pcam_labels(file, n):
     if len(wrong): raise ValueError(f"{file}: label {y[wrong[0]]} in row {wrong[0]} is out of range; PatchCamelyon has 0 and 1.")
     return y.astype(int)
 
+# %% ../../nbs/sources/publishers.ipynb #d003
 def _pcam_h5(folder, split):
     "Records of one official split, and notes."
     stem = f"camelyonpatch_level_2_split_{split}"
@@ -231,8 +237,8 @@ def _pcam_official(path):
     found = {s: _pcam_h5(path, s) for s in splits}
     bare = [s for s, (records, _) in found.items() if not any(r.group for r in records)]
     if 0 < len(bare) < len(found):
-        raise FileNotFoundError(f"{path}: {stem(bare[0])}_meta.csv is missing or names no slide, but other splits have theirs. Put it there, "
-                                "or take the others away.")
+        raise FileNotFoundError(f"{path}: {stem(bare[0])}_meta.csv is missing or names no slide, but other splits have theirs. Put it "
+                                "there, or take the others away.")
     synthetic = _h5(path/f"{stem('train')}_x.h5").attrs.get("synthetic") == SYNTHETIC
     notes = []
     for s, (records, more) in found.items():
@@ -253,7 +259,8 @@ def pcam(
     official = lambda p: p.name.startswith("camelyonpatch_level_2_split_")
     files = [path] if path.is_file() and official(path) else below(path, official)
     if len(places := sorted({f.parent for f in files})) > 1:
-        raise ValueError(f"{path}: {' and '.join(str(p.relative_to(path)) for p in places)} hold PatchCamelyon's files. Name one in data.path.")
+        raise ValueError(f"{path}: {' and '.join(str(p.relative_to(path)) for p in places)} hold PatchCamelyon's files. Name one in "
+                         "data.path.")
     if places:
         records, synthetic, notes = _pcam_official(places[0])
         return Source(data.name, records, PCAM_CLASSES, synthetic, notes, publisher=True)
@@ -265,6 +272,13 @@ def pcam(
     return replace(source, records=records, classes=PCAM_CLASSES, publisher=True)
 
 # %% ../../nbs/sources/publishers.ipynb #c024
+def beside(path:Path)->list[str]: # warnings
+    "Other splits next to a folder that is a split by its name."
+    if path.name.lower() not in SPLIT_NAMES: return []
+    others = sorted(p.name for p in path.parent.iterdir() if p.name.lower() in SPLIT_NAMES and p != path)
+    if not others: return []
+    return [f"warning: {path.name} alone was read, {' and '.join(others)} beside it not: name the folder above in data.path"]
+
 def folder(
     path:Path, data:DataParams
 )->Source: # not yet split further
@@ -276,9 +290,7 @@ def folder(
     classes = sorted({r.label for r in records})
     notes = [f"read {n} tiles in {len(classes)} classes from {path}{': ' + s if s else ''}"
              for s, n in Counter(r.split for r in records).items()]
-    beside = sorted(p.name for p in path.parent.iterdir() if p.name.lower() in SPLIT_NAMES and p != path) if path.name.lower() in SPLIT_NAMES else []
-    if beside: left.append(f"warning: {path.name} alone was read, {' and '.join(beside)} beside it not: name the folder above in data.path")
-    return Source(data.name, records, classes, is_synthetic(path), notes + left + more)
+    return Source(data.name, records, classes, is_synthetic(path), notes + left + more + beside(path))
 
 # %% ../../nbs/sources/publishers.ipynb #c026
 GROUP_LIKE = ("patient", "slide", "case", "subject", "wsi", "person", "donor")
@@ -293,8 +305,9 @@ def read_rows(
     if lacking: raise ValueError(f"{path}: column {sorted(lacking)[0]!r} is missing; there are {list(rows.columns)}.")
     if not len(rows): raise ValueError(f"{path}: no row in it, so no class.")
     unused = [c for c in rows.columns if c not in ("path", "label", "group", "split", "centre") and not c.startswith("unnamed:")]
-    warn = "warning: "*("group" not in rows and any(w in c for c in unused for w in GROUP_LIKE))
-    notes = [f"{warn}columns that are not used: {', '.join(unused)}" + "; one that says who belongs together must be called group"*bool(warn)]
+    notes = [f"columns that are not used: {', '.join(unused)}"]*bool(unused)
+    if "group" not in rows and any(w in c for c in unused for w in GROUP_LIKE):
+        notes = [f"warning: {notes[0]}; one that says who belongs together must be called group"]
     for c in ("group","split","centre"):
         if c not in rows: rows[c] = ""
     for c in ("path","label"):
@@ -304,7 +317,7 @@ def read_rows(
     if wrong.any():
         raise ValueError(f"{path}: row {wrong.idxmax()} has split {rows.split[wrong.idxmax()]!r}; expected one of train, valid, test in "
                          "every row, or none at all.")
-    return rows.assign(split=splits.map(lambda s: SPLIT_NAMES.get(s, ""))), notes*bool(unused)
+    return rows.assign(split=splits.map(lambda s: SPLIT_NAMES.get(s, ""))), notes
 
 # %% ../../nbs/sources/publishers.ipynb #u002
 def spelled(
@@ -330,23 +343,29 @@ def once(
     return rows.drop(again), [f"warning: rows that name a file a second time, left out: {len(again)}; the first is row {again[0]}"]
 
 # %% ../../nbs/sources/publishers.ipynb #c027
-def csv(
-    path:Path, data:DataParams
-)->Source: # not yet split further
-    "A CSV with path (relative to it) and label, optionally group, split and centre. `FileNotFoundError` names the row of a missing image."
-    rows, notes = read_rows(path)
-    for c in ("label", "group"): rows[c], more = joined(rows[c].tolist(), c); notes += more
+def found_files(
+    rows:pd.DataFrame, path:Path # the CSV
+)->pd.DataFrame:                 # path as the disk has it; file, absolute, links followed
+    "`FileNotFoundError` naming the first row whose image is not there."
     names = [spelled(path.parent, p) for p in rows.path]
     if None in names:
         i = names.index(None)
-        raise FileNotFoundError(f"{path}: row {rows.index[i]} names {rows.path.iloc[i]}, which is not there. {names.count(None)} of {len(rows)} "
-                                "rows name such files.")
-    rows, more = once(rows.assign(path=names, file=[os.path.realpath(path.parent/n) for n in names]), path)
-    records = [Record(r.path, r.label, r.split, r.group, r.centre, partial(read_image, path.parent, r.path, r.path), file=(path.parent, r.path))
-               for r in rows.itertuples(index=False)]
+        raise FileNotFoundError(f"{path}: row {rows.index[i]} names {rows.path.iloc[i]}, which is not there; {names.count(None)} of "
+                                f"{len(rows)} rows name such files.")
+    return rows.assign(path=names, file=[os.path.realpath(path.parent/n) for n in names])
+
+def csv(
+    path:Path, data:DataParams
+)->Source: # not yet split further
+    "A CSV with path (relative to it) and label, optionally group, split and centre; errors as `read_rows`, `found_files` and `once`."
+    rows, notes = read_rows(path)
+    for c in ("label", "group"): rows[c], more = joined(rows[c].tolist(), c); notes += more
+    rows, more = once(found_files(rows, path), path)
+    notes += more + look_alikes(rows.group[rows.group != ""], "groups")
+    records = [Record(r.path, r.label, r.split, r.group, r.centre, partial(read_image, path.parent, r.path, r.path),
+                      file=(path.parent, r.path)) for r in rows.itertuples(index=False)]
     classes = sorted({r.label for r in records})
-    notes = [f"read {len(records)} tiles in {len(classes)} classes from {path}", *notes, *more, *look_alikes(rows.group[rows.group != ""], "groups")]
-    return Source(data.name, records, classes, False, notes)
+    return Source(data.name, records, classes, False, [f"read {len(records)} tiles in {len(classes)} classes from {path}", *notes])
 
 # %% ../../nbs/sources/publishers.ipynb #c029
 ADAPTERS = {"nct":nct, "pcam":pcam, "folder":folder, "csv":csv, "cbis":cbis}
@@ -381,27 +400,31 @@ def deal(
             out[g] = s; owed[s] -= counts[g]; has[s] |= counts[g] > 0
     return out
 
+def uneven(
+    counts:np.ndarray, shares:np.ndarray, dealt:np.ndarray # as `deal`
+)->tuple[int, float]:
+    "How far a deal is from the shares: classes missing from splits, then the sum of all deviations."
+    got = np.stack([counts[dealt == s].sum(0) for s in range(len(shares))])/np.maximum(counts.sum(0), 1)
+    return int((got == 0).sum()), float(np.abs(got - shares[:, None]).sum())
+
+# %% ../../nbs/sources/publishers.ipynb #d004
 def draw_even(
     records:list[Record],
     valid_fraction:float, seed:int, # as `assign_splits`
     deals:int=50
 )->list[Record]:
-    "The most even of many deals of whole groups; a class that is missing from a split weighs most."
-    splits = ["train", "valid", "test"] if {r.split for r in records} == {""} else ["train", "valid"]
-    pool = [i for i, r in enumerate(records) if r.split in ("", "train")]
-    names = {g: k for k, g in enumerate(dict.fromkeys(records[i].group or f"\0{i}" for i in pool))}
-    label = {c: k for k, c in enumerate(sorted({r.label for r in records}))}
-    counts = np.zeros((len(names), len(label)), int)
-    for i in pool: counts[names[records[i].group or f"\0{i}"], label[records[i].label]] += 1
-    v = valid_fraction
-    shares = np.array([(1-v)**2, v*(1-v), v] if len(splits) == 3 else [1-v, v])
-    def uneven(dealt):
-        got = np.stack([counts[dealt == s].sum(0) for s in range(len(splits))])/np.maximum(counts.sum(0), 1)
-        return (got == 0).sum(), np.abs(got - shares[:, None]).sum()
+    "The most even of many deals of whole groups."
+    pool, v = [i for i, r in enumerate(records) if r.split in ("", "train")], valid_fraction
+    three = {r.split for r in records} == {""}
+    splits, shares = ("train", "valid", "test")[:2+three], np.array([(1-v)**2, v*(1-v), v] if three else [1-v, v])
+    group, names = pd.factorize(np.array([records[i].group or f"\0{i}" for i in pool], object))
+    label, classes = pd.factorize(np.array([records[i].label for i in pool], object))
+    counts = np.zeros((len(names), len(classes)), int)
+    np.add.at(counts, (group, label), 1)
     rng = np.random.default_rng(seed)
-    best = min((deal(counts, shares, rng) for _ in range(deals)), key=uneven)
-    place = {i: splits[best[names[records[i].group or f"\0{i}"]]] for i in pool}
-    return [replace(r, split=place[i]) if i in place else r for i, r in enumerate(records)]
+    best = min((deal(counts, shares, rng) for _ in range(deals)), key=lambda dealt: uneven(counts, shares, dealt))
+    place = {i: splits[s] for i, s in zip(pool, best[group])}
+    return [replace(r, split=place.get(i, r.split)) for i, r in enumerate(records)]
 
 # %% ../../nbs/sources/publishers.ipynb #u004
 def assign_splits(
@@ -465,6 +488,7 @@ def few_groups(
     return (f" The reason: {which}, and a group stays whole, so {len(splits)} splits need at least {len(splits)} groups of each class. Add "
             "tiles of other patients, or give a split of your own.")
 
+# %% ../../nbs/sources/publishers.ipynb #d005
 def check_splits(
     records:list[Record], classes:list[str], place,
     drawn=()     # splits that were drawn here, out of train
@@ -475,12 +499,14 @@ def check_splits(
     for s in SPLITS:
         lacking = [c for c in classes if not counts[s,c]]
         if len(lacking) == len(classes):
-            raise ValueError(f"{place}: the split {s!r} is empty." + (why or " Give it tiles; where a set comes as train and val only, name "
-                             "val test: a valid split that is missing is drawn from train by data.valid_fraction."))
+            way = " Give it tiles; where a set comes as train and val only, name val test: a valid split that is missing is drawn from " \
+                  "train by data.valid_fraction."
+            raise ValueError(f"{place}: the split {s!r} is empty.{why or way}")
         if lacking and s == "train":
-            raise ValueError(f"{place}: class {lacking[0]!r} has no tile in train." + (why or " Add some, or name it in data.drop_classes."))
+            raise ValueError(f"{place}: class {lacking[0]!r} has no tile in train.{why or ' Add some, or name it in data.drop_classes.'}")
         if len(lacking) == len(classes) - 1:
-            raise ValueError(f"{place}: the split {s!r} has one class only, scores need two." + (why or f" Add tiles of {', '.join(lacking[:3])}."))
+            way = f" Add tiles of {', '.join(lacking[:3])}."
+            raise ValueError(f"{place}: the split {s!r} has one class only, scores need two.{why or way}")
         if lacking: notes.append(f"warning: {s} has no tile of {', '.join(lacking)}")
     return notes
 
@@ -510,6 +536,7 @@ def drawn_splits(
     records = [replace(r, split=t.split) for r, t in zip(records, told)]
     return records, drawn, [f"{n} tiles are equal files, or of groups that share one; the split keeps them together"]*bool(n)
 
+# %% ../../nbs/sources/publishers.ipynb #d006
 def open_source(
     data:DataParams,
     root:Path|None=None # what data.path is relative to; None: the project's root
@@ -518,14 +545,13 @@ def open_source(
     root = Path(root or project_root())
     path = root/data.path
     source = ADAPTERS[data.adapter](path, data)
-    notes = [n.replace(f"{root}{os.sep}", "") for n in source.notes] + look_alikes(source.classes, "classes")
+    notes = [n.replace(f"{root}{os.sep}", "") for n in source.notes] + (same := look_alikes(source.classes, "classes"))
     records, classes = drop(source.records, source.classes, data.drop_classes)
     if data.drop_classes: notes.append(f"dropped {', '.join(data.drop_classes)}: {len(records)} tiles in {len(classes)} classes left")
     records, drawn, more = drawn_splits(records, data)
     notes += more + check_groups(records, source.publisher)
     if data.limit: records = limit_splits(records, data.limit, data.seed)
     if data.limit: notes.append(f"limited to {data.limit} tiles a split: {len(records)} tiles left")
-    with_hint = next((f" {n}." for n in look_alikes(classes, "classes")), "")
     try: notes += check_splits(records, classes, path, drawn)
-    except ValueError as e: raise ValueError(f"{e}{with_hint.replace(' warning: c', ' C')}") from None
+    except ValueError as e: raise ValueError(" ".join([str(e), *(s.replace("warning: c", "C") + "." for s in same)])) from None
     return replace(source, records=records, classes=classes, notes=notes)
