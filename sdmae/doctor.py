@@ -49,7 +49,8 @@ def versions(root:Path)->Iterator[tuple]:
         try: found[name] = version(name)
         except PackageNotFoundError: continue
     lacking = [n for n in asked if n not in found]
-    yield line(not lacking, f"packages: {len(asked)} asked for" + f", {', '.join(lacking)} missing"*bool(lacking), "make setup"*bool(lacking))
+    yield line(not lacking, f"packages: {len(asked)} asked for" + f", {', '.join(lacking)} missing"*bool(lacking),
+               "make setup"*bool(lacking))
     other = [f"{n} {v} (tried: {pinned[n]})" for n, v in found.items() if n in pinned and v.split("+")[0] != pinned[n]]
     if other: yield line(None, f"other versions than those it was tried with: {', '.join(other)}")
 
@@ -68,7 +69,8 @@ def machine(root:Path)->Iterator[tuple]:
     memory, free = psutil.virtual_memory(), shutil.disk_usage(root).free
     yield line(memory.available > 2e9, f"memory: {size(memory.available)} of {size(memory.total)} are free",
                "" if memory.available > 2e9 else "end other programs, or lower batch_size")
-    yield line(free > 5e9, f"disk: {size(free)} are free", "" if free > 5e9 else "make room; `dvc gc --workspace` drops results that no file here names")
+    yield line(free > 5e9, f"disk: {size(free)} are free", "" if free > 5e9
+               else "make room; `dvc gc --workspace` drops results that no file here names")
 
 # %% ../nbs/doctor.ipynb #n012
 def repository(root:Path)->Iterator[tuple]:
@@ -88,7 +90,8 @@ def repository(root:Path)->Iterator[tuple]:
     cache = root/".dvc"/config.get("cache", "dir", fallback="cache")
     place = next(p for p in (cache, *cache.parents) if p.exists())
     ok = os.access(place, os.W_OK)
-    yield line(ok, f"DVC's cache: {cache}" + "" if cache.exists() else f"DVC's cache: {cache}, empty so far", "" if ok else f"{place} cannot be written to")
+    yield line(ok, f"DVC's cache: {cache}" + "" if cache.exists() else f"DVC's cache: {cache}, empty so far",
+               "" if ok else f"{place} cannot be written to")
 
 # %% ../nbs/doctor.ipynb #n013
 def parameters(root:Path)->Iterator[tuple]:
@@ -148,7 +151,9 @@ def checkpoints(root:Path)->Iterator[tuple]:
     for p in sorted((root/"checkpoints").rglob("*.pt")):
         name, n = str(p.relative_to(root)), size(p.stat().st_size)
         if p.parent in safe: yield line(None, f"{name}, {n}: its result is safe, it goes with the next report")
-        else: yield tried(name, lambda p=p: f"{n}, step {last_good(p)[1]['step']}: the same command goes on from here", "delete it to start again")
+        else:
+            yield tried(name, lambda p=p: f"{n}, step {last_good(p)[1]['step']}: the same command goes on from here",
+                        "delete it to start again")
 
 # %% ../nbs/doctor.ipynb #n020
 def kernels(root:Path)->Iterator[tuple]:
@@ -157,7 +162,8 @@ def kernels(root:Path)->Iterator[tuple]:
     try: found = KernelSpecManager().get_kernel_spec("python3").argv[0]
     except NoSuchKernel: yield line(False, "there is no kernel python3", "make setup"); return
     other = shutil.which(found) and not os.path.samefile(shutil.which(found), sys.executable)
-    yield line(None if other else True, f"JupyterLab's kernel python3: {found}" + f", not {sys.executable}: stages do not use it"*bool(other))
+    yield line(None if other else True, f"JupyterLab's kernel python3: {found}"
+               + f", not {sys.executable}: stages do not use it"*bool(other))
 
 # %% ../nbs/doctor.ipynb #n021
 def notebooks(root:Path)->Iterator[tuple]:

@@ -65,5 +65,6 @@ def made_of_task(P:Params, name:str, protocol:str)->dict:
     "Everything that decides one protocol on one task, but the encoder; `recipe` is None where it does not apply."
     t = P.tasks[name]
     recipe = getattr(t, protocol)
-    return dict(target=t.target, data=t.data, store=store_hash(store_of(t.data)), recipe=recipe and recipe.model_dump(mode="json"), device=P.device,
+    return dict(target=t.target, data=t.data, store=store_hash(store_of(t.data)), recipe=recipe and recipe.model_dump(mode="json"),
+                device=P.device,
                 precision=P.precision, code=code_of_protocol(protocol))
