@@ -222,7 +222,8 @@ def positions_of(
     if other := likelier(pos[0], found, n):
         raise ValueError(f"{where}: pos_embed is {shape}, by its values a grid of {other[0]} × {other[1]}: square images are needed here")
     if found[0] < n: pos = torch.cat([torch.zeros_like(pos[:, :1]), pos], 1)
-    return state | {"pos_embed": pos}, dict(grid=found[1], doubt=doubt_of(state["pos_embed"][0], found, n, patch_size), own_row=found[0] == n)
+    doubt = doubt_of(state["pos_embed"][0], found, n, patch_size)
+    return state | {"pos_embed": pos}, dict(grid=found[1], doubt=doubt, own_row=found[0] == n)
 
 # %% ../../nbs/models/layouts.ipynb #c035
 def encoder_weights(
