@@ -38,13 +38,14 @@ def git_place(
     return "own"
 
 # %% ../nbs/made.ipynb #n012
-START = "`git init && git add -A && git commit -m start` in this folder makes a repository, which `dvc exp run` needs, and reports name its commit"
+START = ("`git init && git add -A && git commit -m start` in this folder makes a repository, which `dvc exp run` needs, and reports name "
+         "its commit")
 ADVICE = { # place → the line that helps
     "own": "", "no git": "git is not installed: `dvc config --local core.no_scm true` lets DVC work without it, all but `dvc exp run`",
     "none": f"no git repository: `dvc config --local core.no_scm true` lets DVC work without one; {START}",
     "foreign": f"inside another git repository, to which `dvc exp run` would write, and whose commit says nothing of this folder: {START}",
     "uncommitted": "the git repository of this folder has no commit of it: `git add -A && git commit -m start` makes one",
-    "refused": "git refuses a folder of another owner: `git config --global --add safe.directory \"{root}\"` lets it, if you trust that owner"}
+    "refused": "git refuses a folder of another owner: `git config --global --add safe.directory \"{root}\"` lets it, if you trust them"}
 
 def git_advice(root)->str: # "" where all is well
     "The line that helps where git and DVC cannot work as they should."

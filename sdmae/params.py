@@ -41,7 +41,8 @@ def as_text(value): # as YAML reads it
     "A whole number as text. Raises `ValueError` for what may have been written in another way."
     if isinstance(value, int) and not isinstance(value, bool): return str(value)
     if value is None or isinstance(value, (str, dict, list)): return value
-    raise ValueError(f"read as {value!r} ({type(value).__name__}), and text is meant: quote it, \"1.10\" in the file, -S \"key='1.10'\" in a shell")
+    raise ValueError(f"read as {value!r} ({type(value).__name__}), and text is meant: quote it, \"1.10\" in the file, -S \"key='1.10'\" in "
+                     "a shell")
 
 Text = Annotated[str, BeforeValidator(as_text)]
 
@@ -460,8 +461,8 @@ NAMED = ("data", "encoder", "task", "compare", "views", "pretrain", "probe", "fi
 def faults_of_names(P:Params)->list[str]:
     "Names that cannot be those of folders and stages, or that have a meaning already. Some become part of a command of the shell."
     names = [(kind, name) for kind in NAMED for name in getattr(P, kind)]
-    odd = [f"{kind}.{name}: a name has small letters, digits and _ alone, a letter first, at most 100, for folders and stages are called by it"
-           for kind, name in names if not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", name)]
+    odd = [f"{kind}.{name}: a name has small letters, digits and _ alone, a letter first, at most 100, for folders and stages are called "
+           "by it" for kind, name in names if not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", name)]
     taken = [f"encoder.{name}: tables call so what is trained for longer; choose a name that does not end in _long" for name in P.encoder
              if name.endswith("_long")]
     return odd + taken + ["compare.data: the folder reports/data is that of prepared data; choose another name"]*("data" in P.compare)
@@ -559,7 +560,8 @@ def why_not(
     kind, *rest = section.split(".")
     if len(rest) and "of" in values.get(kind, {}).get(rest[0], {}) and not override.startswith("+"):
         base = flat(resolved(kind, values[kind], rest[0]))
-        if ".".join([*rest[1:], last]) in base: return f"{key} is taken over from another ({kind}.{rest[0]}.of): set it with two plus signs, ++{override}"
+        if ".".join([*rest[1:], last]) in base:
+            return f"{key} is taken over from another ({kind}.{rest[0]}.of): set it with two plus signs, ++{override}"
     groups = [p.name for p in (project_root()/"conf").iterdir() if p.is_dir()]
     known = groups + list(flat(values)) + [".".join(k.split(".")[:i]) for k in flat(values) for i in (1, 2, 3)]
     return f"there is no {key}{meant(key, known)}"

@@ -513,6 +513,7 @@ def rezipped(source, out, change=lambda name, data: data, method=zipfile.ZIP_STO
         for name in a.namelist(): b.writestr(name, change(name, a.read(name)))
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_tensors_that_declare_more_than_they_hold(tmp_path):
     "No memory is asked for: one value repeated, a sparse table, a storage larger than its record, a packed zip."
     for name, w in dict(repeated=torch.ones(1).expand(10**6, 10**6), sparse=torch.sparse_coo_tensor(torch.zeros(2, 0, dtype=torch.long), torch.zeros(0), (10**9, 10**9)),
@@ -596,6 +597,20 @@ def test_quantised_weights_are_refused(tmp_path, dtype):
     state = vit().state_dict()
     torch.save(state | {"blocks.0.mlp.fc1.weight": state["blocks.0.mlp.fc1.weight"].to(dtype)}, tmp_path/"a.pth")
     with pytest.raises(ValueError, match=f"{dtype} in the file, torch.float32 here"): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3)
+
+
+@pytest.mark.parametrize("given, words", [(dict(image_size=-8), "image_size -8"), (dict(image_size=8*10**6), "image_size 8000000"), (dict(std=(1, 0, 1)), "above 0"), (dict(mean=(float("nan"), 0, 0)), "three finite numbers"), (dict(mean=(.1, .2)), "three finite")])
+def test_odd_options(tmp_path, given, words):
+    torch.save(vit().state_dict(), tmp_path/"a.pth")
+    with pytest.raises(ValueError, match=words): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3, **given)
+
+
+@pytest.mark.parametrize("name, shape", [("patch_embed.proj.weight", (0, 3, 8, 8)), ("patch_embed.proj.weight", ()), ("patch_embed.proj.weight", (48, 3, 0, 0)), ("blocks.0.mlp.fc1.weight", ()), ("blocks.0.mlp.fc1.weight", (0, 48)),
+                                         ("blocks.0.attn.qkv.weight", (144,)), ("cls_token", (48,)), ("norm.weight", (1,))])
+def test_weights_of_odd_shapes(tmp_path, name, shape):
+    more = {name: torch.ones(shape)} | ({"blocks.0.mlp.fc2.weight": torch.ones(shape[::-1])} if "fc1" in name else {})
+    torch.save(vit().state_dict() | more, tmp_path/"a.pth")
+    with pytest.raises(ValueError, match=f"a.pth.*{name}"): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3)
 
 
 # Nothing is written over

@@ -58,7 +58,8 @@ def save_encoder(
 def kind_faults(own:dict, state:dict)->list[str]:
     "Weights that are whole or complex numbers where real ones are needed, or the reverse: those of a quantised network."
     real = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    return [f"{k}: {v.dtype} in the file, {own[k].dtype} here" for k, v in state.items() if k in own and (v.dtype in real) != (own[k].dtype in real)]
+    return [f"{k}: {v.dtype} in the file, {own[k].dtype} here" for k, v in state.items()
+            if k in own and (v.dtype in real) != (own[k].dtype in real)]
 
 def load_weights(
     encoder:Encoder|ConvEncoder,
@@ -96,8 +97,8 @@ def read_config(folder:Path)->dict: # of an encoder's own folder
     try: config = json.loads((folder/"config.json").read_text(encoding="utf8"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{folder/'config.json'} is no configuration of an encoder ({type(e).__name__}: {e})") from e
-    if not isinstance(config, dict): raise ValueError(f"{folder/'config.json'} is no configuration of an encoder, but a {type(config).__name__}")
-    return config
+    if isinstance(config, dict): return config
+    raise ValueError(f"{folder/'config.json'} is no configuration of an encoder, but a {type(config).__name__}")
 
 # %% ../../nbs/models/encoders.ipynb #n001
 def configured(

@@ -159,9 +159,9 @@ def shape_of(
     missing = [k for k in needed if k not in state]
     if missing: raise ValueError(f"{where} lacks {', '.join(missing)}: it is not whole, or no vision transformer")
     patch, fc1, fc2 = (tuple(state[k].shape) for k in needed)
-    if len(patch) != 4 or patch[1] != 3 or patch[2] != patch[3]:
+    if len(patch) != 4 or patch[1] != 3 or patch[2] != patch[3] or 0 in patch:
         raise ValueError(f"{where}: {needed[0]} is {patch}; colour images and square patches need (width, 3, p, p)")
-    if fc2 != fc1[::-1]:
+    if fc2 != fc1[::-1] or len(fc1) != 2 or 0 in fc1:
         raise ValueError(f"{where}: {needed[1]} is {fc1} and {needed[2]} {fc2}; a plain MLP has transposed shapes, a gated one is not "
                          "known here")
     dim, hidden = patch[0], fc1[0]
@@ -222,7 +222,8 @@ def positions_of(
     if other := likelier(pos[0], found, n):
         raise ValueError(f"{where}: pos_embed is {shape}, by its values a grid of {other[0]} × {other[1]}: square images are needed here")
     if found[0] < n: pos = torch.cat([torch.zeros_like(pos[:, :1]), pos], 1)
-    return state | {"pos_embed": pos}, dict(grid=found[1], doubt=doubt_of(state["pos_embed"][0], found, n, patch_size), own_row=found[0] == n)
+    doubt = doubt_of(state["pos_embed"][0], found, n, patch_size)
+    return state | {"pos_embed": pos}, dict(grid=found[1], doubt=doubt, own_row=found[0] == n)
 
 # %% ../../nbs/models/layouts.ipynb #c035
 def encoder_weights(

@@ -20,7 +20,8 @@ INSTEAD = { # first bytes → what the file is
     b"version https://git-lfs": "a pointer of Git LFS, not the weights: `git lfs pull` fetches them",
     b"/annex/": "a pointer of git-annex, not the weights: `git annex get` fetches them",
     b"../.git/annex": "a pointer of git-annex, not the weights: `git annex get` fetches them",
-    b"\x1f\x8b": "packed by gzip: unpack it first", b"BZh": "packed by bzip2: unpack it first", b"\xfd7zXZ": "packed by xz: unpack it first",
+    b"\x1f\x8b": "packed by gzip: unpack it first", b"BZh": "packed by bzip2: unpack it first",
+    b"\xfd7zXZ": "packed by xz: unpack it first",
     b"\x28\xb5\x2f\xfd": "packed by zstd: unpack it first", b"7z\xbc\xaf": "an archive of 7-Zip: unpack it first",
     b"Rar!": "an archive of RAR: unpack it first", b"\x89HDF": "an HDF5 file, as Keras writes: PyTorch's weights are needed",
     b"\x93NUMPY": "one array of numpy: PyTorch's weights are needed"}
@@ -41,7 +42,8 @@ def seen_as(
 def no_weights(path:Path)->str: # "" where it may hold weights
     "Why a file that is there cannot be read."
     if path.is_dir():
-        return "a folder" + (", as unpacking makes it of a .pth: fetch the file itself" if any(path.rglob("data.pkl")) else ": give a file in it")
+        unpacked = [*path.glob("data.pkl"), *path.glob("*/data.pkl")]
+        return "a folder" + (", as unpacking makes it of a .pth: fetch the file itself" if unpacked else ": give a file in it")
     if not path.is_file(): return "a device or a pipe"
     if not path.stat().st_size: return "empty: the download ended before it began, or the disk was full; fetch it again"
     with open(path, "rb") as f: return seen_as(f.read(256))
@@ -62,8 +64,8 @@ def check_zip(path:Path):
     if not any(p.filename.endswith("data.pkl") for p in parts):
         raise ValueError(f"{path} is no checkpoint, but a zip of {', '.join(p.filename for p in parts[:3]) or 'nothing'}: unpack it first.")
     if declared > 4*size + 2**20:
-        raise ValueError(f"{path} is refused: it declares {declared:,} bytes and has {size:,}. If you trust it, unpack it and pack it again "
-                         "without compression, `zip -0 -r`.")
+        raise ValueError(f"{path} is refused: it declares {declared:,} bytes and has {size:,}. If you trust it, unpack it and pack it "
+                         "again without compression, `zip -0 -r`.")
 
 # %% ../../nbs/models/stored.ipynb #c013
 class Ignored:
@@ -87,8 +89,9 @@ def load_pickled(
     except Exception as e: error = e # a damaged file raises whatever comes
     code = re.search(r"GLOBAL (\S+) (?:was not|whose)", str(error))
     if code or "TorchScript" in str(error):
-        raise ValueError(f"{path} is refused: to read it, code would have to run ({code[1] if code else 'TorchScript'}). Where it was made, "
-                         "save the weights alone, `safetensors.torch.save_file(model.state_dict(), \"weights.safetensors\")`, and give it.")
+        raise ValueError(f"{path} is refused: to read it, code would have to run ({code[1] if code else 'TorchScript'}). Where it was "
+                         "made, save the weights alone, "
+                         "`safetensors.torch.save_file(model.state_dict(), \"weights.safetensors\")`, and give it.")
     reason = str(error).partition("\n")[0][:120] or "empty"
     raise ValueError(f"{path} is no checkpoint, or a damaged one ({type(error).__name__}: {reason}): fetch it again.")
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'fit_positions', 'only_weights', 'timm_model', 'from_folder', 'told_by', 'from_file', 'from_timm',
-           'find_encoder', 'check_same', 'choose_heads', 'make_convolutional', 'make_transformer', 'make_encoder',
-           'free_place', 'import_encoder', 'method_state', 'load_method', 'timm_arguments', 'timm_weights', 'exported',
-           'export_timm', 'arguments', 'choice', 'described', 'main']
+           'find_encoder', 'check_same', 'choose_heads', 'make_convolutional', 'make_transformer', 'normalisation',
+           'make_encoder', 'free_place', 'import_encoder', 'method_state', 'load_method', 'timm_arguments',
+           'timm_weights', 'exported', 'export_timm', 'arguments', 'choice', 'described', 'main']
 
 # %% ../../nbs/models/weights.ipynb #c002
-import argparse, json, os, sys
+import argparse, json, math, os, sys
 from contextlib import contextmanager
 from pathlib import Path
 import timm, torch
@@ -37,6 +37,7 @@ def fit_positions(
     "Positions for an image size. Raises `ValueError` where neither file nor caller gives a size, or patches do not tile it."
     p, grid, n = sizes["patch_size"], sizes["grid"], int(sizes["class_token"])
     size = image_size or (grid and grid*p)
+    if not 0 <= (image_size or 0) <= 16384: raise ValueError(f"image_size {image_size}: a number of px up to 16384 is needed")
     if not size:
         raise ValueError(f"{where} holds no position table, so the size of its images is not known: give image_size, in px (224, say)")
     if sizes["doubt"] and image_size != grid*p: raise ValueError(f"{where}: {sizes['doubt']}")
@@ -204,6 +205,14 @@ def make_transformer(
     return encoder, dict(image_size=size, model=model.model_dump(), form=form.model_dump(exclude={"image_size"}), imported=made)
 
 # %% ../../nbs/models/weights.ipynb #n008
+def normalisation(mean, std, where:str|Path="")->dict:
+    "Both as lists. Raises `ValueError` where they are not three finite numbers each, or a deviation is not above 0."
+    for name, v in (("mean", mean), ("std", std)):
+        good = isinstance(v, (list, tuple)) and len(v) == 3 and all(isinstance(o, (int, float)) and math.isfinite(o) for o in v)
+        if not good or name == "std" and min(v) <= 0:
+            raise ValueError(f"{where}: {name} {v}: three finite numbers are needed{', above 0' if name == 'std' else ''}")
+    return dict(mean=list(mean), std=list(std))
+
 def make_encoder(
     found:dict,             # of `find_encoder`
     image_size:int=None,    # px; that of the weights when None
@@ -213,7 +222,7 @@ def make_encoder(
     "An encoder with the weights found. Raises `ValueError` naming what does not fit."
     if found["kind"] == "vit": encoder, config = make_transformer(found, image_size, num_heads)
     else: encoder, config = make_convolutional(found, image_size)
-    return encoder.eval(), config | dict(mean=list(mean or found["mean"] or MEAN), std=list(std or found["std"] or STD))
+    return encoder.eval(), config | normalisation(mean or found["mean"] or MEAN, std or found["std"] or STD, found["source"])
 
 # %% ../../nbs/models/weights.ipynb #c045
 def free_place(
@@ -364,7 +373,8 @@ def arguments():
 def choice(imported:dict)->str: # "" where the file held nothing else
     "What of a checkpoint was read, and what was left out."
     rest = ", ".join(f"{k} ({v})" for k, v in imported["left_out"].items())
-    return f"; read: {imported['stem'] or 'names without a stem'}; left out, with numbers of weights: {rest}" if rest else ""
+    read = f"; read: {imported['stem'] or 'names without a stem'}" if rest or imported["stem"] else ""
+    return read + (f"; left out, with numbers of weights: {rest}" if rest else "")
 
 def described(config:dict)->str:
     "One line on an imported encoder."
