@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NCT', 'PCAM', 'SETS', 'WARWICK', 'FOLDS', 'LOCAL', 'PASSING', 'STAYING', 'TIMEOUT', 'TRIES', 'STEP', 'LONGEST',
-           'ZENODO', 'Remote', 'Dataset', 'table', 'check_address', 'Redirects', 'Again', 'wait_asked', 'faults', 'ask',
-           'patiently', 'record_of', 'remotes_of', 'credit', 'digest_of', 'is_there', 'need_room', 'Part', 'fetch',
-           'pieces', 'same_content', 'unpack', 'offered', 'download', 'main']
+           'ZENODO', 'Remote', 'Dataset', 'table', 'listed', 'check_address', 'Redirects', 'Again', 'wait_asked',
+           'faults', 'ask', 'patiently', 'record_of', 'remotes_of', 'credit', 'digest_of', 'is_there', 'need_room',
+           'Part', 'fetch', 'pieces', 'same_content', 'unpack', 'offered', 'download', 'main']
 
 # %% ../../nbs/sources/download.ipynb #c002
 import argparse, gzip, hashlib, json, re, shutil, ssl, sys, time, zlib
@@ -103,6 +103,11 @@ def table(
     "The sets, and whether this command brings them."
     rows = [(n, d.title, d.what, d.images, d.size, d.licence, "by hand" if d.how else "this command") for n, d in sets.items()]
     return pd.DataFrame(rows, columns=["name", "set", "what it is", "images", "size", "licence", "how"]).set_index("name")
+
+def listed(sets:dict[str,Dataset]=SETS)->str:
+    "The same for a terminal, three short lines a set."
+    return "\n\n".join(f"{n}: {r['set']}, {r['how']}\n    {r['what it is']}\n    images: {r['images']}; {r['size']}; {r['licence']}"
+                       for n, r in table(sets).iterrows())
 
 # %% ../../nbs/sources/download.ipynb #c014
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -486,7 +491,7 @@ def main(
     parser.add_argument("--to", default="data", help="where the set gets a folder (data)")
     a = parser.parse_args(argv)
     try:
-        if a.name is None: print(table().to_string(max_colwidth=60))
+        if a.name is None: print(listed())
         else: print(*download(a.name, a.to), sep="\n")
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
