@@ -4,16 +4,21 @@
 #   make bench                         speed beside other libraries (SIZE=full: for a GPU)
 #   make lab                           JupyterLab on nbs/
 #   make repro PYTHON=python3.12       another interpreter for the set-up
+# The folder may have spaces and accents in its path: what make treats as names of files is relative.
 PYTHON ?= python3
 SIZE   ?= quick
 # processes that test, one thread each: as many as cores, but no more than eight, each of which takes a gigabyte
 JOBS   ?= $(shell n=`nproc`; echo $$((n < 8 ? n : 8)))
 # encoders that run side by side in `make repro`, threads shared out; 0: as many as cores, at most four
 SIDE   ?= 0
-VENV   := $(CURDIR)/.venv
+VENV   := .venv
 STAMP  := $(VENV)/.set-up
-export PATH := $(VENV)/bin:$(PATH)
-export VIRTUAL_ENV := $(VENV)
+HERE   := $(CURDIR)/$(VENV)
+export HERE
+export VIRTUAL_ENV := $(HERE)
+export PATH := $(HERE)/bin:$(PATH)
+# an interpreter by its path, which may have spaces, or a command of several words
+WORDS  := $(if $(shell command -v "$(PYTHON)" 2>/dev/null),"$(PYTHON)",$(PYTHON))
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
@@ -25,13 +30,16 @@ help: ## these lines
 setup: $(STAMP) ## .venv with pinned versions, the package installed editable
 
 $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
-	@test -x $(VENV)/bin/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "sdmae needs Python 3.11 or newer; \`$(PYTHON)\` is `$(PYTHON) --version 2>&1`. Choose another: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1; }
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@case "$$HERE" in *[\"\`\$$\\:]*) \
+	  echo "The path of this folder holds one of \" \` \$$ \\ : which set-up cannot quote everywhere. Move it, and try again: $$HERE" >&2; exit 1;; esac
+	@test -x $(VENV)/bin/python || $(WORDS) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "sdmae needs Python 3.11 or newer; \`$(PYTHON)\` is `$(WORDS) --version 2>&1`. Choose another: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1; }
+	test -x $(VENV)/bin/python || $(WORDS) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 repro: setup ## fetch the bundled sample and run the pipeline
+	@python -m sdmae.made || dvc config --local core.no_scm true
 	dvc pull data.dvc
 	python -m sdmae.pipeline repro --jobs $(SIDE)
 	@echo && echo "The comparisons: reports/tissue/index.html, reports/lesions/index.html   (tables: dvc metrics show metrics/tissue, curves: dvc plots show)"
@@ -55,8 +63,7 @@ readme: setup ## README.md from nbs/index.ipynb
 	python -m sdmae.pipeline readme
 
 params: setup ## params.yaml from conf/, after an edit there
-	python -c 'import yaml; from sdmae.params import compose; print(yaml.safe_dump(compose(), sort_keys=False, width=1000), end="")' > params.new
-	mv params.new params.yaml
+	python -m sdmae.params
 
 clean: ## stripped notebooks and caches; runs, reports and data stay
 	rm -rf build _proc _docs dvc_plots .pytest_cache

@@ -17,7 +17,8 @@ from .params import ModelParams, OptimParams
 from .views.augment import to_unit
 from .models.decoders import DecoderParams
 from .models.heads import HeadParams
-from .models.weights import our_name, our_mae_name, encoder_weights, load_method
+from .models.layouts import our_name, our_mae_name, encoder_weights
+from .models.weights import load_method
 from .methods.masked import MaskedAutoencoder, random_masking
 from .methods.sdmae import SDMAE, SDMAEParams
 from .methods.miram import MIRAM, MIRAMParams, in_order

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sdmae.methods.registry import method_params
-from sdmae.params import compose, load_params, parse_params
+from sdmae.params import compose, load_params, main, parse_params
 from sdmae.pipeline.plan import check_params, report_names
 
 CONF = Path(__file__).parents[1]/"conf"
@@ -72,6 +72,66 @@ def test_names_are_those_of_folders(path, words):
     kind, name = path.split(".")
     values = compose(); values[kind][name] = next(iter(values[kind].values()))
     assert words in faults(values)
+
+
+def test_no_name_can_be_a_command():
+    "Of any section; among them such as would end one command of a shell and begin another."
+    names, kinds = ("v;touch x;true", "$(touch x)", "a b", "é", "a\n", "", "../x", "A", "a"*101, "1"), ("data", "encoder", "task", "compare", "views", "pretrain", "probe", "finetune", "segment")
+    values = compose()
+    for kind in kinds: values[kind] |= {name: next(iter(values[kind].values()), {}) for name in names}
+    assert faults(values).count("a name has small letters") == len(names)*len(kinds)
+
+
+@pytest.mark.parametrize("path, value", [("seeds", ["0;touch x"]), ("seeds", [0.5]), ("seeds", [True]), ("seeds", [-1]), ("seeds", [2**32]), ("seeds", ["0"]), ("protocols", ["probe;touch x"]),
+                                         ("reports", ["tissue;touch x"]), ("compare.tissue.encoders", ["mae;touch x"]), ("compare.tissue.tasks", ["$(touch x)"]), ("device", "cpu;touch x"), ("task.tissue.data", "tissue;touch x")])
+def test_what_commands_are_made_of(path, value):
+    "Whatever a stage's command in dvc.yaml takes from the file is a name or a number."
+    assert path.split(".")[0] in faults(edit(path, value))
+
+
+# What people type
+
+@pytest.mark.parametrize("typed, path, name, classes", [
+    ("data.tissue.path=/mnt/Données/tiles", "/mnt/Données/tiles", None, None), ("data.tissue.path=data/my tiles (copy)", "data/my tiles (copy)", None, None), ("data.tissue.path=data/slide[1]", "data/slide[1]", None, None),
+    ("data.tissue.path=~/tiles", "~/tiles", None, None), ("data.tissue.path=a=b", "a=b", None, None), ("data.tissue.path=it's", "it's", None, None), ("data.tissue.path=C:\\d\\é\\", "C:\\d\\é\\", None, None),
+    ("data.tissue.path=a\\'b", "a\\'b", None, None), ("data.tissue.path='/mnt/Données/a, b'", "/mnt/Données/a, b", None, None), ("data.tissue.name=2024", None, "2024", None), ("data.tissue.name=f(x)", None, "f(x)", None),
+    ("data.tissue.name=日本#1", None, "日本#1", None), ("data.tissue.drop_classes=[0,1]", None, None, ["0", "1"]), ("data.tissue.drop_classes=[007,'a b']", None, None, ["007", "a b"])])
+def test_text_is_read_as_it_is_typed(typed, path, name, classes):
+    d = parse_params(compose(["data=csv", typed])).data["tissue"]
+    assert [b for a, b in zip((path, name, classes), (d.path, d.name, d.drop_classes)) if a is not None] == [a for a in (path, name, classes) if a is not None]
+
+
+@pytest.mark.parametrize("typed, words", [
+    ("data.tissue.pathh=x", "did you mean data.tissue.path?"), ("data.path=x", r"did you mean data\.(tissue|lesions)\.path\?"), ("modle=sample", "did you mean model?"), ("data=csvv", "did you mean csv?"),
+    ("experiment=ablatoin", "did you mean ablation?"), ("~encoder.maee", "did you mean encoder.mae?"), ("pretrain.lesions.batch_size=8", "two plus signs, ++pretrain.lesions.batch_size=8"), ("encoder.lesion_mae.decoder.depth=3", "++encoder.lesion_mae.decoder.depth=3"), ("+data=csv", "without a plus sign"),
+    ("data.tissue.name=a,b", "-S \"data.tissue.name='a,b'\""), ("data.tissue.name=range(1,3)", "'range(1,3)'"), ("data.tissue.drop_classes=[a b,c(d)]", "quoted twice"), ("data.tissue.name='x", "quoted text that cannot be read"),
+    ("data.tissue.path=${HOME}/x", "stands for another parameter"), ("data.tissue.name", "a section and key"), ("", "a section and key"), ("=3", "a section and key"), ("a b=c", "a section and key"), ("+encoder=3", "encoder has no 3")])
+def test_an_override_that_cannot_be_is_explained(typed, words):
+    "With the override's own text."
+    with pytest.raises(ValueError) as e: compose([typed])
+    assert f"-S {typed}" in str(e.value) and (words in str(e.value) or re.search(words, str(e.value)))
+
+
+def test_of_several_overrides_the_one_at_fault_is_named():
+    with pytest.raises(ValueError, match="^-S data.tissue.pathh=x: there is no"): compose(["data=csv", "seeds=[0,1]", "data.tissue.pathh=x", "model=vit_small_8"])
+
+
+@pytest.mark.parametrize("typed, words", [("+data.tissue.pathh=x", "data.tissue.pathh: unknown parameter; did you mean path?"), ("+encoder.mae.mask_ration=0.5", "encoder.mae.mask_ration: unknown parameter; did you mean mask_ratio?"),
+                                          ("data.tissue.adapter=cvs", "did you mean csv?"), ("compare.tissue.encoders=[random,sdmea]", "did you mean sdmae?"), ("encoder.mae.views=tisue", "did you mean tissue?"), ("reports=[lesion]", "did you mean lesions?"),
+                                          ("data.tissue.drop_classes=[1.10]", "read as 1.1 (float), and text is meant"), ("data.tissue.name=true", "read as True"), ("data.tissue.path=", "data.tissue.path")])
+def test_the_name_that_was_meant(typed, words): assert words in faults(compose([typed]))
+
+
+def test_the_command_writes_what_can_be_used(tmp_path, monkeypatch, capsys):
+    "As `dvc exp run -S` does, for `dvc repro`; and nothing else."
+    for o in ("conf", "nbs"): (tmp_path/o).symlink_to(CONF.parent/o)
+    (tmp_path/"settings.ini").write_text(""); (tmp_path/"params.yaml").write_text("old: 1\n")
+    monkeypatch.chdir(tmp_path)
+    for wrong in ("data.tissue.pathh=x", "data.tissue.crop=many"):
+        assert main([wrong]) == 2 and "data.tissue" in capsys.readouterr().err and (tmp_path/"params.yaml").read_text() == "old: 1\n"
+    assert main(["data=csv", "data.tissue.path=/mnt/Données/[1]"]) == 0
+    assert load_params().data["tissue"].path == "/mnt/Données/[1]" and sorted(o.name for o in tmp_path.iterdir()) == ["conf", "nbs", "params.yaml", "settings.ini"]
+    assert main([]) == 0 and (tmp_path/"params.yaml").read_bytes() == (CONF.parent/"params.yaml").read_bytes(), "`make params`"
 
 
 def test_all_faults_are_told_at_once():

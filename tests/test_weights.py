@@ -1,5 +1,5 @@
 "Weights in and out: timm's own networks are the oracle, files are made here with the names of each release."
-import argparse, json, os, pickle, subprocess, sys
+import argparse, json, os, pickle, struct, subprocess, sys, zipfile
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, timm, torch
@@ -10,8 +10,11 @@ from sdmae.params import EncoderForm, ModelParams, OptimParams
 from sdmae.models.decoders import DecoderParams
 from sdmae.models.heads import HeadParams
 from sdmae.models.encoders import build_encoder, load_encoder, save_encoder
+from sdmae.models.start import start_from
 from sdmae.models.vit import sincos1d
-from sdmae.models.weights import (encoder_weights, export_timm, find_encoder, import_encoder, load_method, main, only_weights, read_checkpoint, weights_in)
+from sdmae.models.layouts import encoder_weights
+from sdmae.models.stored import read_checkpoint, weights_in
+from sdmae.models.weights import export_timm, find_encoder, import_encoder, load_method, main, only_weights
 from sdmae.methods.imported import Imported, ImportedParams
 from sdmae.methods.mae import MAE, MAEParams
 from sdmae.methods.miram import MIRAM, MIRAMParams
@@ -82,9 +85,9 @@ def test_other_architectures_are_refused(tmp_path, kwargs, named):
 
 
 def test_the_file_of_a_convolutional_network_is_refused(tmp_path):
-    "It does not say which network it belongs to."
-    torch.save(timm.create_model("resnet18").state_dict(), tmp_path/"resnet.pth")
-    with pytest.raises(ValueError, match="resnet.pth is of no layout known here.*conv1.weight"): import_encoder(tmp_path/"resnet.pth", tmp_path/"run")
+    "It does not say which network it belongs to, but for ResNets."
+    torch.save(timm.create_model("convnext_atto").state_dict(), tmp_path/"conv.pth")
+    with pytest.raises(ValueError, match="conv.pth is of no layout known here.*stem.0.weight"): import_encoder(tmp_path/"conv.pth", tmp_path/"run")
 
 
 def local_model(folder, mean=HALF, architecture="vit_tiny_patch16_224", **kwargs):
@@ -105,7 +108,7 @@ def test_a_model_of_the_hub_brings_heads_and_normalisation(tmp_path):
     config = import_encoder(f"local-dir:{tmp_path/'hub'}", tmp_path/"run")
     assert config["model"]["num_heads"] == 6 and config["mean"] == [.7, .5, .6] and config["std"] == HALF and config["image_size"] == 64
     assert equal(load_encoder(tmp_path/"run")[0].eval().tokens(images(64)), theirs.forward_features(images(64)))
-    given = import_encoder(f"local-dir:{tmp_path/'hub'}", tmp_path/"run", mean=(.1, .2, .3), std=(.4, .5, .6))
+    given = import_encoder(f"local-dir:{tmp_path/'hub'}", tmp_path/"run", mean=(.1, .2, .3), std=(.4, .5, .6), replace=True)
     assert given["mean"] == [.1, .2, .3] and given["std"] == [.4, .5, .6]
     with pytest.raises(ValueError, match="has 6 heads, but num_heads is 3"): import_encoder(f"local-dir:{tmp_path/'hub'}", tmp_path/"run", num_heads=3)
 
@@ -323,6 +326,334 @@ def test_positions_are_resampled_as_timm_does(tmp_path, class_token):
     assert equal(load_encoder(tmp_path/"run")[0].eval().tokens(images(56)), theirs.forward_features(images(56)))
     assert config["imported"]["positions"] == "resampled from 4 × 4 to 7 × 7"
     with pytest.raises(ValueError, match="image_size 60 is not divisible by 8"): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3, image_size=60)
+
+
+# In: checkpoints of many authors, made from timm's networks by renaming
+
+def renamed(state, *stems, also=()):
+    "The names of a release: each stem with a network's weights, and what lies beside them."
+    return {stem + k: v for stem, net in zip(stems, state) for k, v in net.items()} | {k: torch.ones(3) for k in also}
+
+
+def resnet(seed=0, arch="resnet18"):
+    torch.manual_seed(seed)
+    model = timm.create_model(arch).eval()
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(std=0.1); m.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def bodied(model): return {k: v for k, v in model.state_dict().items() if not k.startswith(("head", "fc."))}
+
+
+@pytest.mark.parametrize("stem", ["model.", "backbone.", "module.", "encoder.", "module.backbone.", "model.encoder.", "vit.", "_orig_mod.module.net."])
+def test_any_stem_of_a_vision_transformer(tmp_path, stem):
+    theirs = vit()
+    torch.save(dict(state_dict=renamed([theirs.state_dict()], stem), epoch=3), tmp_path/"a.pth")
+    config = import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3)
+    assert equal(load_encoder(tmp_path/"run")[0].eval().tokens(images()), theirs.forward_features(images()))
+    assert config["imported"]["layout"] == "timm" and config["imported"]["left_out"] == {next(iter(config["imported"]["left_out"])): 2}, "the head's two weights"
+
+
+@pytest.mark.parametrize("read, other, beside, nested", [
+    ("teacher.backbone.", "student.module.backbone.", ("teacher.head.mlp.0.weight", "dino_loss.center"), True), ("teacher.", "student.", (), True),
+    ("module.base_encoder.", "module.momentum_encoder.", ("module.predictor.0.weight",), False), ("target_encoder.module.", "encoder.module.", ("predictor.module.predictor_embed.weight",), True),
+    ("module.encoder_q.", "module.encoder_k.", ("module.queue", "module.queue_ptr"), False), ("backbone.", "momentum_backbone.", ("projector.0.weight",), False),
+    ("teacher_backbone.", "student_backbone.", (), False), ("online_encoder.net.", "target_encoder.net.", (), False), ("model.", "model_ema.", (), True),
+    ("backbone.", "backbone_momentum.", ("projection_head.layers.0.weight",), False), ("state_dict.", "state_dict_ema.", (), True)])
+def test_of_two_encoders_the_one_that_is_judged(tmp_path, capsys, read, other, beside, nested):
+    "As each method's authors do; the other by choice; what is left is counted, and printed."
+    kind = "resnet" if "encoder_q" in read or "online" in read else "vit"
+    make = vit if kind == "vit" else resnet
+    a, b = make(1), make(2)
+    state = renamed([bodied(b), bodied(a)], other, read, also=beside) # the other one first: order decides nothing
+    tree = {}
+    for k, v in state.items(): # as the releases nest them, or flat
+        top, _, rest = k.partition(".")
+        if nested: tree.setdefault(top, {})[rest] = v
+        else: tree[k] = v
+    torch.save(tree, tmp_path/"a.pth")
+    heads = ["--num-heads", "3"]*(kind == "vit")
+    assert main(["import", str(tmp_path/"a.pth"), str(tmp_path/"run"), *heads]) == 0
+    said = capsys.readouterr().out
+    left = json.loads((tmp_path/"run"/"config.json").read_text())["imported"]["left_out"]
+    assert sum(left.values()) == len(bodied(b)) + len(beside) and f"read: {read.removeprefix('module.').rstrip('.')}; left out" in said and all(f"{k} ({v})" in said for k, v in left.items())
+    word = next(o for o in other.split(".") if o and o not in read.split("."))
+    assert main(["import", str(tmp_path/"a.pth"), str(tmp_path/"second"), "--part", word, *heads]) == 0
+    for folder, net in (("run", a), ("second", b)):
+        with torch.no_grad(): assert equal(load_encoder(tmp_path/folder)[0].eval().network.forward_features(images()), net.forward_features(images())), folder
+
+
+def test_encoders_that_fit_alike_are_not_chosen_between(tmp_path):
+    torch.save(renamed([bodied(vit(1)), bodied(vit(2))], "left.", "right."), tmp_path/"a.pth")
+    with pytest.raises(ValueError, match="a.pth holds several encoders: left, right. Say which one"): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3)
+    with pytest.raises(ValueError, match="no encoder under middle; there are left, right"): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3, part="middle")
+    assert import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3, part="right")["imported"]["stem"] == "right"
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_resnets_by_their_shapes(tmp_path, arch):
+    "MoCo's, SwAV's and Barlow Twins' files: torchvision's names, old ones without counters, heads of each method."
+    theirs = resnet(arch=arch)
+    state = {k: v for k, v in bodied(theirs).items() if not k.endswith("num_batches_tracked")}
+    torch.save(dict(arch=arch, state_dict=renamed([state], "module.", also=("module.fc.0.weight", "module.projection_head.0.weight", "module.prototypes.weight"))), tmp_path/"a.pth.tar")
+    config = import_encoder(tmp_path/"a.pth.tar", tmp_path/"run")
+    with torch.no_grad(): assert torch.equal(load_encoder(tmp_path/"run")[0].eval().pooled(images(64, 1)), theirs.forward_features(images(64, 1)).mean((2, 3)))
+    assert config["model"]["arch"] == arch and config["image_size"] == 224 and config["imported"]["left_out"] == {"fc": 1, "projection_head": 1, "prototypes": 1}
+
+
+def test_lightly_numbers_the_parts_of_a_resnet(tmp_path):
+    theirs, number = resnet(), dict(conv1="0", bn1="1", layer1="4", layer2="5", layer3="6", layer4="7")
+    state = {f"{number[k.split('.')[0]]}.{k.partition('.')[2]}": v for k, v in bodied(theirs).items()}
+    torch.save(dict(state_dict=renamed([state], "backbone.", also=("projection_head.layers.0.weight",))), tmp_path/"a.ckpt")
+    import_encoder(tmp_path/"a.ckpt", tmp_path/"run")
+    with torch.no_grad(): assert torch.equal(load_encoder(tmp_path/"run")[0].eval().pooled(images(64)), theirs.forward_features(images(64)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("arch, named", [("resnet26", r"ResNet of \(2, 2, 2, 2\) blocks"), ("seresnet18", "unknown.*se"), ("cifar", r"conv1.weight: \(64, 3, 3, 3\) in the file")])
+def test_other_resnets_are_refused(tmp_path, arch, named):
+    model = timm.create_model("resnet18" if arch == "cifar" else arch if timm.is_model(arch) else "legacy_seresnet18")
+    state = bodied(model)
+    if arch == "cifar": state["conv1.weight"] = torch.ones(64, 3, 3, 3)
+    if "seresnet" in arch: state = bodied(resnet()) | {"layer1.0.se.fc1.weight": torch.ones(4, 64, 1, 1)}
+    torch.save(state, tmp_path/"a.pth")
+    with pytest.raises(ValueError, match=named) as e: import_encoder(tmp_path/"a.pth", tmp_path/"run")
+    assert "a.pth" in str(e.value) and not (tmp_path/"run").exists()
+
+
+def test_start_and_imported_tell_what_they_leave(tmp_path, capsys):
+    "Both read the same file by the same rule; a whole pre-training is read through a wrapper as well."
+    a, b = vit(1), vit(2)
+    torch.save(dict(student=renamed([bodied(b)], "backbone."), teacher=renamed([bodied(a)], "backbone.")), tmp_path/"dino.pth")
+    encoder = build_encoder(32, SHAPE, EncoderForm(class_token=True))
+    start_from(encoder, str(tmp_path/"dino.pth"))
+    assert "dino.pth; read: teacher.backbone; left out, with numbers of weights: student (" in capsys.readouterr().out
+    method = imported(tmp_path/"dino.pth", class_token=True)
+    assert "left out" in capsys.readouterr().out and method.source["stem"] == "teacher.backbone"
+    for e in (encoder, method.encoder): assert equal(e.eval().tokens(images()), a.forward_features(images()))
+    theirs, state = mae_checkpoint()
+    ours = MAE(theirs.params, SHAPE, 32).eval()
+    torch.save(dict(model=renamed([state], "module."), loss=dict(center=torch.ones(3))), tmp_path/"mae.pth")
+    load_method(ours, read_checkpoint(tmp_path/"mae.pth"))
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
+
+
+def test_positions_that_sdmae_would_make_are_made_for_nobody_else(tmp_path):
+    torch.save({f"encoder.{k}": v for k, v in vit(pos_embed="none").state_dict().items()}, tmp_path/"a.pth")
+    with pytest.raises(ValueError, match="a.pth has no pos_embed"): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3, image_size=32)
+
+
+# In: grids
+
+def learned(tall, wide, dim=48):
+    "A table smooth over its grid, as trained ones are."
+    y, x = torch.meshgrid(torch.arange(tall), torch.arange(wide), indexing="ij")
+    f = torch.arange(1, dim//4 + 1)/dim*8
+    return torch.cat([g(axis.flatten()[:, None]*f) for axis in (x, y) for g in (torch.sin, torch.cos)], 1) + 0.02*torch.randn(tall*wide, dim)
+
+
+def with_table(path, table, token):
+    state = vit(class_token=token, **({} if token else dict(global_pool="avg", fc_norm=False))).state_dict()
+    torch.save(state | dict(pos_embed=table[None]), path)
+
+
+@pytest.mark.parametrize("tall, wide, token", [(4, 6, True), (6, 4, True), (3, 5, True), (13, 15, True), (15, 13, True), (4, 9, True), (4, 9, False), (6, 8, True), (5, 16, True)])
+def test_a_grid_that_is_not_square_is_known_by_its_values(tmp_path, tall, wide, token):
+    "Though the number of its rows is that of a square one."
+    with_table(tmp_path/"a.pth", torch.cat([torch.zeros(int(token), 48), learned(tall, wide)]), token)
+    with pytest.raises(ValueError, match=rf"a.pth: pos_embed is .*by its values a grid of {tall} × {wide}"): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3)
+
+
+@pytest.mark.parametrize("side, token, row", [(4, True, True), (5, True, False), (7, True, False), (14, True, False), (14, False, False), (14, True, True), (9, True, False)])
+def test_a_square_grid_is_taken(tmp_path, side, token, row):
+    with_table(tmp_path/"a.pth", torch.cat([torch.zeros(int(row), 48), learned(side, side)]), token)
+    config = import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3)
+    assert config["image_size"] == 8*side and config["imported"]["positions"] == "as in the file" + ", none for the class token"*(token and not row)
+
+
+def test_tables_in_one_dimension_have_no_rows(tmp_path):
+    with_table(tmp_path/"a.pth", sincos1d(196, 48).float(), False)
+    assert import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3)["image_size"] == 112
+
+
+def test_a_table_in_doubt_asks_for_the_size(tmp_path):
+    "25 random rows and a class token: 5 × 5, or 4 × 6 and a row for the token. Of an untrained network nobody can tell."
+    with_table(tmp_path/"a.pth", torch.randn(25, 48), True)
+    for size in (None, 80):
+        with pytest.raises(ValueError, match="5 × 5 patches without a row for it.*image_size 40"): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3, image_size=size)
+    assert import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3, image_size=40)["imported"]["positions"] == "as in the file, none for the class token"
+
+
+@pytest.mark.parametrize("shape", [(17, 48), (1, 48, 4, 4), (2, 17, 48), (1, 0, 48), (1, 1, 48), (1, 17, 40), ()])
+def test_odd_tables(tmp_path, shape):
+    torch.save(vit().state_dict() | dict(pos_embed=torch.ones(shape)), tmp_path/"a.pth")
+    with pytest.raises(ValueError, match="a.pth.*pos_embed"): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3)
+
+
+# In: hostile files
+
+def stored(path, header, body=b"", declared=None):
+    "A .safetensors file, its header as given."
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if declared is None else declared) + text + body)
+    return path
+
+
+F32 = lambda *shape, end=4, dtype="F32": {"w": dict(dtype=dtype, shape=list(shape), data_offsets=[0, end])}
+
+@pytest.mark.parametrize("args", [({}, b"", 2**63), ({}, b"", 10**9), (F32(10**9, 10**9), bytes(4)), (F32(2**62, 4), bytes(4)), (F32(1, dtype="F99"), bytes(4)), (F32(1, end=400), bytes(4)),
+                                  (b"{\xff}",), (b"["*1000,), ({"w": 3},), (b"",), ({"__metadata__": {"a": 1}},)])
+def test_absurd_headers(tmp_path, args):
+    with pytest.raises(ValueError, match="a.safetensors"): read_checkpoint(stored(tmp_path/"a.safetensors", *args))
+    with pytest.raises(ValueError, match="a.safetensors"): import_encoder(tmp_path/"a.safetensors", tmp_path/"run")
+
+
+def rezipped(source, out, change=lambda name, data: data, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(source) as a, zipfile.ZipFile(out, "w", method) as b:
+        for name in a.namelist(): b.writestr(name, change(name, a.read(name)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_declare_more_than_they_hold(tmp_path):
+    "No memory is asked for: one value repeated, a sparse table, a storage larger than its record, a packed zip."
+    for name, w in dict(repeated=torch.ones(1).expand(10**6, 10**6), sparse=torch.sparse_coo_tensor(torch.zeros(2, 0, dtype=torch.long), torch.zeros(0), (10**9, 10**9)),
+                        meta=torch.empty(10**12, device="meta"), nested=torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])).items():
+        torch.save({"blocks.w": w}, tmp_path/f"{name}.pth")
+        with pytest.raises(ValueError, match=f"{name}.pth.*blocks.w (is declared as|is no plain tensor)"): read_checkpoint(tmp_path/f"{name}.pth")
+    torch.save(dict(w=torch.arange(10.)), tmp_path/"a.pth")
+    rezipped(tmp_path/"a.pth", tmp_path/"over.pth", lambda name, data: data.replace(b"K\x0a", b"J" + struct.pack("<i", 10**6)) if name.endswith("data.pkl") else data)
+    with pytest.raises(ValueError, match="over.pth is no checkpoint, or a damaged one"): read_checkpoint(tmp_path/"over.pth")
+    torch.save(dict(w=torch.zeros(2**20)), tmp_path/"zeros.pth")
+    rezipped(tmp_path/"zeros.pth", tmp_path/"bomb.pth", method=zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="bomb.pth is refused: it declares 4,19.*bytes and has"): read_checkpoint(tmp_path/"bomb.pth")
+    rezipped(tmp_path/"a.pth", tmp_path/"packed.pth", method=zipfile.ZIP_DEFLATED)
+    assert torch.equal(read_checkpoint(tmp_path/"packed.pth")["w"], torch.arange(10.)), "an honest one is read"
+
+
+def test_names_that_ask_for_a_network_of_any_size(tmp_path):
+    state = vit().state_dict()
+    for more, words in ((dict([("blocks.900.norm1.bias", torch.ones(48))]), "lacks blocks.2.attn.qkv.weight"), ({"blocks.99999999999.norm1.bias": torch.ones(48)}, "no place for"),
+                        ({"patch_embed.proj.weight": torch.ones(10**5, 3, 1, 1), "blocks.0.mlp.fc1.weight": torch.ones(1, 10**5), "blocks.0.mlp.fc2.weight": torch.ones(10**5, 1)}, "patches 100000 wide need")):
+        torch.save(state | more, tmp_path/"a.pth")
+        with pytest.raises(ValueError, match=words): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3)
+    deep = {}; deep["a"] = deep
+    wide = {"w": torch.ones(1)}
+    for _ in range(4): wide = {str(i): wide for i in range(30)}
+    for raw, words in ((deep, "holds no weights by name"), (wide, "more than 100,000 names")):
+        torch.save(raw, tmp_path/"b.pth")
+        with pytest.raises(ValueError, match=words): read_checkpoint(tmp_path/"b.pth")
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "Git LFS.*git lfs pull"), (b"\n <!DOCTYPE html><html>", "web page.*login"), (b"\xef\xbb\xbf<html>", "web page"),
+    (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"), (b'{"message": "Not Found"}', "a text that begins"), (b"Entry not found", "a text that begins"),
+    (b"/annex/objects/SHA256E-s3--1.pth\n", "git-annex"), (b"\x1f\x8b\x08" + bytes(90), "gzip: unpack"), (b"\x89HDF\r\n\x1a\n" + bytes(90), "HDF5"), (b"", "it is empty")])
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_what_is_no_file_of_weights_is_told(tmp_path, capsys, content, words, name):
+    (tmp_path/name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is no file of weights.*{words}"): read_checkpoint(tmp_path/name)
+    assert main(["import", str(tmp_path/name), str(tmp_path/"run")]) == 2 and name in capsys.readouterr().err
+
+
+def test_places_that_are_no_files(tmp_path):
+    (tmp_path/"dir.pth").mkdir(); (tmp_path/"gone.pth").symlink_to(tmp_path/"nowhere"); (tmp_path/"loop.pth").symlink_to(tmp_path/"loop.pth"); os.mkfifo(tmp_path/"pipe.pth")
+    (tmp_path/"open.pth"/"archive").mkdir(parents=True); (tmp_path/"open.pth"/"archive"/"data.pkl").write_bytes(b"x")
+    (tmp_path/"hub").mkdir(); (tmp_path/"hub"/"model.safetensors").write_bytes(b"x")
+    with zipfile.ZipFile(tmp_path/"photos.pth", "w") as z: z.writestr("a.jpg", b"x")
+    for name, words in (("dir.pth", "dir.pth"), ("gone.pth", "is a link to .*nowhere, which does not exist"), ("loop.pth", "loop.pth is a link"), ("pipe.pth", "a device or a pipe"),
+                        ("open.pth", "as unpacking makes it of a .pth"), ("hub", "local-dir:"), ("photos.pth", "a zip of a.jpg")):
+        with pytest.raises((ValueError, FileNotFoundError), match=words): find_encoder(tmp_path/name)
+        if name != "hub":
+            with pytest.raises((ValueError, FileNotFoundError), match=name): read_checkpoint(tmp_path/name)
+
+
+def test_the_ending_does_not_matter(tmp_path):
+    save_file(vit().state_dict(), tmp_path/"a.pth"); torch.save(vit().state_dict(), tmp_path/"b.safetensors")
+    assert read_checkpoint(tmp_path/"a.pth").keys() == read_checkpoint(tmp_path/"b.safetensors").keys() == vit().state_dict().keys()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_weights_that_are_not_finite_are_refused_by_every_reader(tmp_path, value):
+    run_folder(tmp_path/"run"); local_model(tmp_path/"hub", depth=1, img_size=32)
+    for file in (tmp_path/"run"/"encoder.safetensors", tmp_path/"hub"/"model.safetensors"):
+        state = load_file(file)
+        state["blocks.0.norm1.bias"] = state["blocks.0.norm1.bias"].double(); state["blocks.0.norm1.bias"][3] = value
+        save_file(state, file)
+    torch.save(load_file(tmp_path/"run"/"encoder.safetensors"), tmp_path/"a.pth")
+    encoder, words = build_encoder(32, SHAPE, EncoderForm()), "blocks.0.norm1.bias holds values that are not finite"
+    for read in (lambda: load_encoder(tmp_path/"run"), lambda: start_from(encoder, str(tmp_path/"run")), lambda: start_from(encoder, str(tmp_path/"a.pth")), lambda: imported(tmp_path/"run"),
+                 lambda: imported(tmp_path/"a.pth"), lambda: import_encoder(tmp_path/"a.pth", tmp_path/"out", num_heads=3), lambda: find_encoder(f"local-dir:{tmp_path/'hub'}"), lambda: export_timm(tmp_path/"run", tmp_path/"o.safetensors")):
+        with pytest.raises(ValueError, match=words): read()
+    assert all(v.isfinite().all() for v in encoder.state_dict().values()) and not (tmp_path/"out").exists()
+
+
+def test_a_loss_that_is_infinite_is_no_weight(tmp_path):
+    torch.save(dict(state_dict=vit().state_dict(), best=torch.tensor(float("inf"))), tmp_path/"a.ckpt")
+    assert import_encoder(tmp_path/"a.ckpt", tmp_path/"run", num_heads=3)["imported"]["left_out"]["best"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_quantised_weights_are_refused(tmp_path, dtype):
+    state = vit().state_dict()
+    torch.save(state | {"blocks.0.mlp.fc1.weight": state["blocks.0.mlp.fc1.weight"].to(dtype)}, tmp_path/"a.pth")
+    with pytest.raises(ValueError, match=f"{dtype} in the file, torch.float32 here"): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3)
+
+
+@pytest.mark.parametrize("given, words", [(dict(image_size=-8), "image_size -8"), (dict(image_size=8*10**6), "image_size 8000000"), (dict(std=(1, 0, 1)), "above 0"), (dict(mean=(float("nan"), 0, 0)), "three finite numbers"), (dict(mean=(.1, .2)), "three finite")])
+def test_odd_options(tmp_path, given, words):
+    torch.save(vit().state_dict(), tmp_path/"a.pth")
+    with pytest.raises(ValueError, match=words): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3, **given)
+
+
+@pytest.mark.parametrize("name, shape", [("patch_embed.proj.weight", (0, 3, 8, 8)), ("patch_embed.proj.weight", ()), ("patch_embed.proj.weight", (48, 3, 0, 0)), ("blocks.0.mlp.fc1.weight", ()), ("blocks.0.mlp.fc1.weight", (0, 48)),
+                                         ("blocks.0.attn.qkv.weight", (144,)), ("cls_token", (48,)), ("norm.weight", (1,))])
+def test_weights_of_odd_shapes(tmp_path, name, shape):
+    more = {name: torch.ones(shape)} | ({"blocks.0.mlp.fc2.weight": torch.ones(shape[::-1])} if "fc1" in name else {})
+    torch.save(vit().state_dict() | more, tmp_path/"a.pth")
+    with pytest.raises(ValueError, match=f"a.pth.*{name}"): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3)
+
+
+# Nothing is written over
+
+def test_an_import_replaces_nothing_unasked(tmp_path, capsys):
+    for i in (0, 1): torch.save(vit(i).state_dict(), tmp_path/f"{i}.pth")
+    out = tmp_path/"w"
+    command = lambda *more: main(["import", str(tmp_path/"1.pth"), str(out), "--num-heads", "3", *more])
+    import_encoder(tmp_path/"0.pth", out, num_heads=3)
+    before = {o.name: o.read_bytes() for o in out.iterdir()}
+    assert command() == 2 and "holds an import already" in capsys.readouterr().err and {o.name: o.read_bytes() for o in out.iterdir()} == before
+    assert command("--replace") == 0 and (out/"encoder.safetensors").read_bytes() != before["encoder.safetensors"] and [o.name for o in tmp_path.iterdir() if o.name.startswith(".")] == []
+    (out/"notebook.ipynb").write_text("{}")
+    assert command("--replace") == 2 and "notebook.ipynb" in capsys.readouterr().err
+    run_folder(tmp_path/"runs"/"encoder")
+    for taken in (tmp_path/"runs", tmp_path/"runs"/"encoder", tmp_path/"0.pth"):
+        with pytest.raises(FileExistsError, match="is not replaced: give a new folder"): import_encoder(tmp_path/"1.pth", taken, num_heads=3, replace=True)
+    (tmp_path/"empty").mkdir()
+    import_encoder(tmp_path/"1.pth", tmp_path/"empty", num_heads=3)
+
+
+def test_an_import_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    torch.save(vit().state_dict(), tmp_path/"a.pth")
+    def full(*args, **kwargs): raise OSError(28, "No space left on device")
+    monkeypatch.setattr("sdmae.models.encoders.write_json", full)
+    with pytest.raises(OSError): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3)
+    assert [o.name for o in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_an_export_replaces_exports_alone(tmp_path):
+    run_folder(tmp_path/"run"); save_file(dict(w=torch.ones(1)), tmp_path/"published.safetensors")
+    for out in (tmp_path/"published.safetensors", tmp_path/"run"/"encoder.safetensors"):
+        with pytest.raises(FileExistsError, match="is no export"): export_timm(tmp_path/"run", out)
+    for _ in range(2): export_timm(tmp_path/"run", tmp_path/"out.safetensors")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"kind": "vit"}', '{"image_size": 32, "model": {"arch": "vit"}}', '{"image_size": 32, "model": 3, "form": {}}', "\udcff"])
+def test_a_garbled_configuration(tmp_path, text):
+    run_folder(tmp_path/"run")
+    (tmp_path/"run"/"config.json").write_bytes(text.encode(errors="surrogateescape"))
+    for read in (load_encoder, find_encoder):
+        with pytest.raises(ValueError, match="config.json"): read(tmp_path/"run")
+
 
 
 # In: bad files

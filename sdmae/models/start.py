@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 from ..params import project_root
 from .encoders import load_weights
-from .weights import find_encoder, make_encoder
+from .weights import choice, find_encoder, make_encoder
 
 # %% ../../nbs/models/start.ipynb #n004
 def source_of(
@@ -25,8 +25,9 @@ def start_from(
     start:str,
     where:str="start"  # the parameter, named in errors
 ):
-    "Load weights from elsewhere. Raises `ValueError` naming what does not fit, and `FileNotFoundError`."
+    "Load weights from elsewhere; what of a file is not read is printed. Raises `ValueError` naming what does not fit, `FileNotFoundError`."
     found = find_encoder(source_of(start))
     heads = encoder.blocks[0].attn.num_heads if hasattr(encoder, "blocks") else None
-    other, _ = make_encoder(found, encoder.image_size, found.get("num_heads") or heads)
+    other, config = make_encoder(found, encoder.image_size, found.get("num_heads") or heads)
     load_weights(encoder, other.network.state_dict(), f"{where} {start}")
+    if told := choice(config["imported"]): print(f"{where} {start}{told}")
