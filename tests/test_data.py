@@ -391,6 +391,7 @@ def test_one_class_in_two_forms_of_unicode(tmp_path, pack):
     "Composed and decomposed, with a space behind, with one that does not break."
     forms = ["Tumeur bénigne", unicodedata.normalize("NFD", "Tumeur bénigne"), "Tumeur\u00a0bénigne", "Tumeur bénigne "]
     s = open_source(params(pack(tmp_path/"d.zip", {f"{f}/{i}.png": image(9*i) for i in range(8) for f in (forms[i%4], "b")})))
+    assert any(n.startswith("joined as one label: ") and n.endswith(" and 'Tumeur bénigne'") for n in s.notes)
     assert s.classes == ["Tumeur bénigne", "b"] and len(s.records) == 16 and [r.read() for r in s.records]
 
 def test_classes_that_differ_by_capitals_are_pointed_out(tmp_path):
@@ -551,7 +552,7 @@ ROWS = "path,label\n" + "".join(f"{i}.png,{'ab'[i%2]}\n" for i in range(24))
     lambda t: t.replace("\n7.png", '\n"7.png"')])
 def test_csv_as_programs_write_it(tmp_path, change):
     s = write(tmp_path, change(ROWS))
-    assert s.classes == ["a","b"] and [r.label for r in s.records] == ["ab"[i%2] for i in range(24)] and [r.read().mean() for r in s.records] == [min(9*i, 255) for i in range(24)] and len(s.notes) == 1
+    assert s.classes == ["a","b"] and [r.label for r in s.records] == ["ab"[i%2] for i in range(24)] and [r.read().mean() for r in s.records] == [min(9*i, 255) for i in range(24)] and s.notes[1:] in ([], ["joined as one label: 'a ' and 'a'"])
 
 @pytest.mark.parametrize("name, said", [(lambda i: unicodedata.normalize("NFD", f"é{i}.png"), lambda i: f"é{i}.png"), (lambda i: f"img/{i}.png", lambda i: f"img\\{i}.png"), (lambda i: f"my  img/{i}.png",)*2])
 def test_csv_paths_as_other_systems_write_them(tmp_path, name, said):
@@ -580,7 +581,7 @@ def test_csv_one_name_in_several_spellings(tmp_path):
     rows = [(f"{i}.png", ("1","1.0")[i%4//2] if i%2 else "0", ("P1 ", "P1", "p1", "\u00a0P2", "P02", "nan")[i%6]) for i in range(24)]
     s = write(tmp_path, "path,label,group\n" + "".join(",".join(r) + "\n" for r in rows))
     assert s.classes == ["0","1"] and {r.group for r in s.records} == {"P1","p1","P2","P02","nan"}
-    assert s.notes[1:4] == ["joined as one label: 1.0 and 1", "warning: groups that may be the same: 'P1' and 'p1', 'P2' and 'P02'", "warning: groups called nan: leave the cell empty where nothing is known"]
+    assert s.notes[1:5] == ["joined as one label: '1.0' and '1'", "joined as one group: 'P1 ' and 'P1'", "warning: groups that may be the same: 'P1' and 'p1', 'P2' and 'P02'", "warning: groups called nan: leave the cell empty where nothing is known"]
     split = write(tmp_path/"b", "path,label,group,split\n" + "".join(f"{i}.png,{'ab'[i%2]},G{i//8},{('train','valid','test')[i//8]}\n" for i in range(24)))
     assert by_split(split) == {"train":8, "valid":8, "test":8}
     with pytest.raises(ValueError, match="group 'P1' is in train and test"):

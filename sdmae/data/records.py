@@ -7,8 +7,8 @@ __all__ = ['SPLITS', 'SUFFIXES', 'SYNTHETIC', 'FORMATS', 'MAX_PIXELS', 'MAX_BYTE
            'UNSEEN', 'NUMBER', 'UNKNOWN', 'Record', 'Task', 'Source', 'Unfit', 'named', 'opened', 'one_page', 'shallow',
            'flat', 'decode', 'right_name', 'open_file', 'bytes_of', 'read_bytes', 'read_image', 'first_look', 'size_of',
            'other_kind', 'check_entry', 'open_zip', 'walk', 'kinds_of', 'left_out', 'zip_names', 'check_names',
-           'list_files', 'list_images', 'is_synthetic', 'tidy', 'joined', 'alike_key', 'look_alikes', 'draw_share',
-           'quotas']
+           'list_files', 'list_images', 'is_synthetic', 'tidy', 'one_spelling', 'joined', 'alike_key', 'look_alikes',
+           'draw_share', 'quotas']
 
 # %% ../../nbs/data/records.ipynb #c002
 import io, os, re, tarfile, unicodedata, zipfile
@@ -375,17 +375,27 @@ def tidy(
 NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
 UNKNOWN = {"nan", "na", "n/a", "none", "null", "unknown", "?", "-"}
 
+def one_spelling(
+    values:list[str],
+    key,            # of a value: equal for spellings of one name
+    best            # spelling of several
+)->tuple[list[str], list[str]]: # values; "a and b" for what was joined
+    "Each name in the best of its spellings."
+    spelled = defaultdict(list)
+    for v in dict.fromkeys(values): spelled[key(v)].append(v)
+    change = {v: best(vs) for vs in spelled.values() for v in vs}
+    return [change[v] for v in values], [f"{v!r} and {change[v]!r}" for v in change if len(spelled[key(v)]) > 1 and v != change[v]]
+
 def joined(
-    values:list[str],   # tidy
+    values:list[str],   # as they were written
     what:str            # "label" or "group", for the notes
 )->tuple[list[str], list[str]]: # values, notes
-    "One spelling for each number; notes of what was joined."
-    number = {v: (v.rstrip("0").rstrip(".") if "." in v else v) for v in dict.fromkeys(values) if NUMBER.fullmatch(v)}
-    spelled = defaultdict(list)
-    for v, n in number.items(): spelled[n].append(v)
-    change = {v: min(vs, key=len) for vs in spelled.values() if len(vs) > 1 for v in vs}
-    pairs = [f"{v} and {to}" for v, to in change.items() if v != to]
-    return [change.get(v, v) for v in values], [f"joined as one {what}: {', '.join(pairs[:3])}" + " …"*(len(pairs) > 3)]*bool(pairs)
+    "Tidy names, with one spelling for each number where there are several; notes of what was joined."
+    number = lambda v: (v.rstrip("0").rstrip(".") if "." in v else v) if NUMBER.fullmatch(v) else v
+    clean, pairs = one_spelling(values, tidy, lambda vs: tidy(vs[0]))
+    clean, more = one_spelling(clean, number, lambda vs: min(vs, key=len))
+    pairs += more
+    return clean, [f"joined as one {what}: {', '.join(pairs[:3])}" + f", {len(pairs)} in all"*(len(pairs) > 3)]*bool(pairs)
 
 # %% ../../nbs/data/records.ipynb #u026
 def alike_key(name:str)->str:

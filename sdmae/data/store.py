@@ -94,7 +94,8 @@ def make_table(
 )->pd.DataFrame: # one row a tile, columns `COLUMNS` and one for each further task
     "What the tiles are, in the order of the tiles. `ValueError` for a name that a CSV cannot hold."
     number = {c:i for i,c in enumerate(source.classes)}
-    if odd := [r.path for r in source.records if "\r" in r.path]: raise ValueError(f"{odd[0]!r}: a carriage return in a name. Rename the file.")
+    odd = [r.path for r in source.records if "\r" in r.path]
+    if odd: raise ValueError(f"{odd[0]!r}: a carriage return in a name. Rename the file.")
     rows = [(r.path, r.label, number[r.label], r.group, r.split, r.centre, *(r.labels.get(t, "") for t in source.tasks))
             for r in source.records]
     return pd.DataFrame(rows, columns=[*COLUMNS, *source.tasks])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'NCT_CLASSES', 'PCAM_CLASSES', 'NCT_TRAIN', 'NCT_TEST', 'NCT_TILES', 'PCAM_TILES', 'PCAM_LABELS',
-           'GROUP_LIKE', 'ADAPTERS', 'parse_layout', 'nct_name', 'below', 'nct', 'read_h5', 'check_written',
+           'GROUP_LIKE', 'ADAPTERS', 'parse_layout', 'nct_name', 'visible', 'below', 'nct', 'read_h5', 'check_written',
            'read_table', 'pcam', 'beside', 'folder', 'read_rows', 'spelled', 'once', 'found_files', 'csv', 'draw_plain',
            'deal', 'uneven', 'draw_even', 'assign_splits', 'check_groups', 'limit_splits', 'few_groups', 'check_splits',
            'drop', 'drawn_splits', 'open_source']
@@ -63,13 +63,17 @@ def nct_name(
     return name if name in NCT_TILES else ""
 
 # %% ../../nbs/sources/publishers.ipynb #c010
+def visible(folder:Path)->list[Path]: # sorted
+    "What is in a folder, but for hidden files."
+    return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX")))
+
 def below(
     folder:Path,
     fits,           # of a path
     depth:int=2     # folders below that are looked into
 )->list[Path]:      # sorted
     "What fits in a folder, or, if nothing does, in the folders below it."
-    inside = sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX"))) if folder.is_dir() else []
+    inside = visible(folder) if folder.is_dir() else []
     return [p for p in inside if fits(p)] or [q for p in inside if depth and p.is_dir() for q in below(p, fits, depth-1)]
 
 def _nct_place(folder, stems):
@@ -77,8 +81,10 @@ def _nct_place(folder, stems):
     found = below(folder, lambda p: nct_name(p) in stems and (p.is_dir() or p.suffix.lower() == ".zip"))
     if not found:
         packed = below(folder, lambda p: p.is_file() and p.name.upper().startswith(stems))
-        raise FileNotFoundError(f"{folder}: {' or '.join(s + '.zip' for s in stems)} (or its unpacked folder) is missing. "
-                                + (f"{packed[0].name} has to be unpacked first." if packed else "Get it from Zenodo record 1214456."))
+        here = ", ".join(p.name for p in visible(folder)[:6]) if folder.is_dir() else "no folder"
+        raise FileNotFoundError(f"{folder}: {' or '.join(s + '.zip' for s in stems)} (or its unpacked folder) is missing; there is "
+                                + (f"{here or 'nothing'}. " + (f"{packed[0].name} has to be unpacked first." if packed else
+                                   "Get it from Zenodo record 1214456. A set that was packed anew is read by data.adapter folder.")))
     if len(found) > 1:
         found.sort(key=lambda f: stems.index(nct_name(f)))
         raise ValueError(f"{folder}: {' and '.join(str(f.relative_to(folder)) for f in found)} both lie there. Point data.path at the "
@@ -173,7 +179,7 @@ def _h5_array(file, key):
 # %% ../../nbs/sources/publishers.ipynb #c018
 def read_table(
     path:Path   # a CSV
-)->pd.DataFrame: # all text, tidy, columns in small letters; the index counts rows as a spreadsheet does
+)->pd.DataFrame: # all text, columns tidy in small letters; the index counts rows as a spreadsheet does
     "A CSV parted by commas, semicolons or tabs; `ValueError` if it cannot be read or has a column twice."
     with named(path, "not a CSV that can be read", "Save it as CSV in UTF-8."):
         if path.stat().st_size > MAX_BYTES: raise ValueError("too large")
@@ -185,8 +191,8 @@ def read_table(
     twice = [c for c in rows.columns if c.removesuffix(".1") in rows.columns and c.endswith(".1")]
     twice += [c for c, n in Counter(rows.columns).items() if n > 1]
     if twice: raise ValueError(f"{path}: the column {twice[0].removesuffix('.1')!r} is there twice. Keep one of them.")
-    rows = rows.apply(lambda c: c if c.name == "path" else c.map(tidy)).set_axis(range(2, len(rows)+2)) # names of files stay
-    return rows[rows.ne("").any(axis=1)]
+    rows = rows.set_axis(range(2, len(rows)+2))
+    return rows[rows.map(str.strip).ne("").any(axis=1)]
 
 # %% ../../nbs/sources/publishers.ipynb #d002
 def _pcam_slides(file, labels):
@@ -197,10 +203,10 @@ def _pcam_slides(file, labels):
     meta = read_table(file)
     if "wsi" not in meta: raise ValueError(f"{file}: no column 'wsi', only {list(meta.columns)}.")
     if len(meta) != len(labels): raise ValueError(f"{file}: {len(meta)} rows for {len(labels)} tiles; it belongs to another file.")
-    said = meta.get("center_tumor_patch", pd.Series(dtype=str)).str.lower().map({"true":1, "1":1, "false":0, "0":0}).dropna()
+    said = meta.get("center_tumor_patch", pd.Series(dtype=str)).str.strip().str.lower().map({"true":1, "1":1, "false":0, "0":0}).dropna()
     other = int((said.to_numpy() != labels).sum()) if len(said) == len(labels) else 0
     notes = [f"warning: {file.name} speaks of {other} tiles otherwise than their labels; is it of the same set?"]*bool(other)
-    return meta.wsi.tolist(), notes
+    return meta.wsi.map(tidy).tolist(), notes
 
 # %% ../../nbs/sources/publishers.ipynb #c019
 def _pcam_labels(file, n):
@@ -287,7 +293,7 @@ def folder(
     "`[split/]label/image` in a folder or a zip."
     images = list_images(path, path.name, left := [])
     layout = parse_layout([n for n,_,_ in images], path)
-    labels, more = joined([label for _, label in layout], "label")
+    labels, more = joined([PurePosixPath(n).parent.name for n,_,_ in images], "label")
     records = [Record(shown, label, split, "", "", read, file=(path, n)) for (n,read,shown),(split,_),label in zip(images, layout, labels)]
     classes = sorted({r.label for r in records})
     notes = [f"read {n} tiles in {len(classes)} classes from {path}{': ' + s if s else ''}"
@@ -313,8 +319,8 @@ def read_rows(
     for c in ("group","split","centre"):
         if c not in rows: rows[c] = ""
     for c in ("path","label"):
-        if (none := rows[c].str.strip() == "").any(): raise ValueError(f"{path}: row {none.idxmax()} has no {c}.")
-    splits = rows.split.str.lower()
+        if (none := rows[c].map(tidy) == "").any(): raise ValueError(f"{path}: row {none.idxmax()} has no {c}.")
+    rows["centre"], splits = rows.centre.map(tidy), rows.split.map(tidy).str.lower()
     wrong = ~splits.isin([*SPLIT_NAMES, ""]) | (splits.eq("") & splits.ne("").any())
     if wrong.any():
         raise ValueError(f"{path}: row {wrong.idxmax()} has split {rows.split[wrong.idxmax()]!r}; expected one of train, valid, test in "
