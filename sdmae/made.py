@@ -33,7 +33,8 @@ def git_place(
         refused = re.search(r"dubious ownership in repository at '(.*)'", e.stderr)
         return "none" if not refused else "refused" if Path(refused[1]).resolve() == Path(root).resolve() else "foreign"
     if Path(top).resolve() != Path(root).resolve(): return "foreign"
-    try: git(root, "cat-file", "-e", "HEAD:sdmae/params.py")
+    inside = "HEAD:sdmae/params.py" if Path(root, "sdmae", "params.py").exists() else "HEAD" # an archive unpacked over another's files
+    try: git(root, "cat-file", "-e", inside)
     except subprocess.CalledProcessError: return "uncommitted"
     return "own"
 
