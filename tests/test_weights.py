@@ -530,6 +530,17 @@ def test_tensors_that_declare_more_than_they_hold(tmp_path):
     assert torch.equal(read_checkpoint(tmp_path/"packed.pth")["w"], torch.arange(10.)), "an honest one is read"
 
 
+def test_a_file_larger_than_memory(tmp_path):
+    "Full of holes, it takes no room on the disk."
+    size = 10**13
+    header = json.dumps(F32(size//4, end=size)).encode()
+    with open(tmp_path/"a.safetensors", "wb") as f:
+        f.write(struct.pack("<Q", len(header)) + header)
+        try: f.truncate(8 + len(header) + size)
+        except OSError: pytest.skip("the file system has no files of this size")
+    with pytest.raises(ValueError, match="a.safetensors has 10,000 GB, and .* GB of memory are free"): read_checkpoint(tmp_path/"a.safetensors")
+
+
 def test_names_that_ask_for_a_network_of_any_size(tmp_path):
     state = vit().state_dict()
     for more, words in ((dict([("blocks.900.norm1.bias", torch.ones(48))]), "lacks blocks.2.attn.qkv.weight"), ({"blocks.99999999999.norm1.bias": torch.ones(48)}, "no place for"),

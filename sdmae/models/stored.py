@@ -11,7 +11,7 @@ __all__ = ['INSTEAD', 'BESIDE', 'WRAPPERS', 'MANY', 'DEEP', 'seen_as', 'no_weigh
 import os, re, zipfile
 from itertools import islice
 from pathlib import Path
-import torch
+import psutil, torch
 from torch import Tensor
 from safetensors.torch import load_file
 
@@ -53,6 +53,8 @@ def check_file(path:Path):
     if path.is_symlink() and not path.exists(): raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not exist.")
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist.")
     if what := no_weights(path): raise ValueError(f"{path} is no file of weights, or a damaged one: it is {what}.")
+    size, free = path.stat().st_size, psutil.virtual_memory().available
+    if size > free: raise ValueError(f"{path} has {size/1e9:,.0f} GB, and {free/1e9:,.0f} GB of memory are free: save its encoder alone.")
 
 # %% ../../nbs/models/stored.ipynb #c010
 def check_zip(path:Path):
