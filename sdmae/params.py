@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Text', 'Labels', 'RECIPES', 'NAMED', 'project_root', 'Section', 'as_text', 'CBISParams', 'MasksParams', 'DataParams',
-           'ModelParams', 'ViewParams', 'OptimParams', 'EncoderForm', 'merged', 'flat', 'meant', 'resolved',
-           'PretrainParams', 'ProbeParams', 'FinetuneParams', 'SegmentParams', 'ReportParams', 'TaskParams',
+           'ModelParams', 'ViewParams', 'OptimParams', 'EncoderForm', 'merged', 'flat', 'differences', 'meant',
+           'resolved', 'PretrainParams', 'ProbeParams', 'FinetuneParams', 'SegmentParams', 'ReportParams', 'TaskParams',
            'EncoderParams', 'CompareParams', 'Params', 'typed', 'with_views', 'task_of', 'model_of', 'encoder_of',
            'faults_of', 'faults_of_names', 'lists_of', 'faults_of_comparison', 'store_of', 'run_of', 'eval_of',
            'in_quotes', 'readable', 'composed', 'first_fault', 'why_not', 'compose', 'field_names', 'explain',
@@ -69,6 +69,7 @@ class DataParams(Section):
     valid_fraction:float = Field(0.15, gt=0, lt=0.5)        # of train, where the publisher ships no valid split; of masks: of the slides
     limit:int|None = Field(None, ge=1)                      # at most so many tiles a split, for trials
     seed:int = Field(0, ge=0)                               # of the split
+    copies:Literal["refuse","warn"] = "refuse"              # tiles of own data that are in two splits
     cbis:CBISParams|None = None                             # for the adapter cbis
     masks:MasksParams|None = None                           # for the adapter masks
 
@@ -197,6 +198,18 @@ def flat(
     leaves = {}
     for k, v in nested.items(): leaves |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
     return leaves
+
+# %% ../nbs/params.ipynb #n007
+def differences(
+    then:dict, now:dict # nested plain values; "code" holds hashes of files
+)->list[str]:
+    "What differs, a phrase each: of code the file's name, of hashes that they are others, of other values both."
+    a, b, none = flat(then), flat(now), "nothing"
+    def say(k):
+        if k.startswith("code."): return f"code of {k.removeprefix('code.')}"
+        old, new = a.get(k, none), b.get(k, none)
+        return f"another {k}" if all(re.fullmatch("[0-9a-f]{12,}", str(v)) for v in (old, new)) else f"{k}: {old} → {new}"
+    return [say(k) for k in [*b, *(k for k in a if k not in b)] if k not in a or k not in b or a[k] != b[k]]
 
 # %% ../nbs/params.ipynb #s006
 def meant(
@@ -367,7 +380,7 @@ class Params(Section):
     segment:dict[str,dict] = {}
     report:ReportParams = ReportParams()
     device:str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")  # "auto": CUDA when there is one
-    precision:Literal["auto","float32","bfloat16"] = "auto" # "auto": bfloat16 where the device is built for it
+    precision:Literal["auto","float32","bfloat16","exact"] = "auto" # "auto": bfloat16 where the device is built for it
 
     @model_validator(mode="after")
     def _check(self):

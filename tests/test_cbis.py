@@ -1,9 +1,9 @@
 """CBIS-DDSM: the counts of the real case descriptions, every layout, every kind of bad input, and the synthetic lesions."""
-import io, zipfile
+import io, struct, zipfile, zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, pydicom, pytest
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
@@ -13,7 +13,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
 
-from sdmae.sources.cbis import MARGINS, all_cases, answers, drop_shared
+from sdmae.sources import cbis as cbis_module
+from sdmae.sources.cbis import MARGINS, all_cases, answers, drop_shared, grey_size, read_grey, to_bytes
 from sdmae.sample.lesions import draw_patient, make_lesions, make_mammogram
 from sdmae.sources.publishers import open_source
 from sdmae.data.store import prepare
@@ -356,3 +357,215 @@ def test_margins_lie_at_the_finer_scale(bundled, tmp_path):
     light = auc(np.array([np.histogram(t, 32, (0,256))[0] for t in tiles], float))
     print(f"64 px {fine:.2f}, 32 px {coarse:.2f}, brightness {light:.2f}")
     assert fine > .8 and coarse < fine - .05 and light < .6
+
+
+# Another spelling, and files of another kind
+
+def respell(files, change):
+    "The set with its case descriptions written in another way."
+    return {k: change(v.decode()).encode() if "case_description" in k else v for k, v in files.items()}
+
+def seen(source): return [(r.label, r.group, r.path.rpartition("#")[2] if "#" in r.path else "", r.labels, r.read().tolist()) for r in source.records]
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory): return seen(open_source(params(put(tmp_path_factory.mktemp("cbis"), repacked(ROWS)))))
+
+@pytest.mark.parametrize("change", [
+    lambda t: t.replace(",2,LEFT", ",2.0,left").replace(",2,RIGHT", ", 2.00 ,Right"), lambda t: t.replace(",CC,1,", ",cc, 1,").replace(",MLO,1,", ",mlo,1.0,"),
+    lambda t: t.replace("MALIGNANT", " malignant").replace("BENIGN_WITHOUT_CALLBACK", "Benign without-callback"), lambda t: t.replace("P_00", "p_00"),
+    lambda t: t.replace("P_0000", "P_").replace("P_000", "P_"), lambda t: t.replace("SPICULATED-ILL_DEFINED", "spiculated - ill defined"), lambda t: "\ufeff" + t.replace("\n", "\r\n"),
+    lambda t: t.replace(",", ";"), lambda t: t.replace(",", "\t"), lambda t: t + "\n,,\n", lambda t: t.replace("LEFT", "\u00a0LEFT\u2009").replace(",1,", ",\u200b1,"),
+    lambda t: t.replace("left or right breast", "Left-or-right  Breast").replace("abnormality id", "AbnormalityID"), lambda t: "\n".join(f"{i},{o}" if o[:2] in ("P_", "pa") else o for i, o in enumerate(t.split("\n")))])
+def test_other_spellings_say_the_same(tmp_path, published, change):
+    files = respell(repacked(ROWS), change)
+    assert any(files[k] != v for k, v in repacked(ROWS).items())
+    assert seen(open_source(params(put(tmp_path, files)))) == published
+
+@pytest.mark.parametrize("rename", [lambda k: k.replace("_set.csv", "_set (1).csv"), lambda k: k.replace("mass_case_description", "Mass case-description"),
+                                    lambda k: k.replace("Mass-Test_P_00", "mass-test_p_00").replace("LEFT_CC", "left_cc"), lambda k: k.replace("_MASK_1", "_MASK_01"), lambda k: f"deep/er/{k}"])
+def test_other_names_say_the_same(tmp_path, published, rename):
+    files = {rename(k): v for k, v in repacked(ROWS).items()}
+    s = open_source(params(put(tmp_path, files)))
+    assert files.keys() != repacked(ROWS).keys() and seen(s) == published and not any("not read" in n for n in s.notes)
+
+def test_copies_of_a_browser_are_counted(tmp_path, published):
+    files = repacked(ROWS)
+    s = open_source(params(put(tmp_path, {**files, "csv/mass_case_description_test_set (1).csv":b"old", "csv/metadata.csv":b"", "LICENSE":b"", "a.xml":b""})))
+    assert seen(s) == published and "4 files were not read: 2 .csv, LICENSE, a.xml" in s.notes
+    two = {k.replace("mass_case_description_test_set", "mass_case_description_test_set (2)"): v for k, v in files.items()} | {"mass_case_description_test_set (1).csv":b""}
+    with pytest.raises(ValueError, match=r"test_set \(2\).csv and mass_case_description_test_set \(1\).csv: keep one"): open_source(params(put(tmp_path/"two", two)))
+
+HEAD = "patient_id,breast_density,left or right breast,image view,abnormality id,mass shape,mass margins,pathology\n"
+@pytest.mark.parametrize("text, message", [
+    (HEAD + "P_00020,2,LEFT,CC,1,OVAL,N/A,BENIGN\nP_00021,2,LEFT,CC,1,OVAL,N/A", "mass_case_description_test_set.csv: row 3 has 7 values for 8 columns: is it cut off"), (HEAD + "P_00020,2,LEFT,CC,1,OVAL,\"N/A,BENIGN\nP_00021,2,LEFT,CC,1,OVAL,N/A,BENIGN\n", "not a CSV that can be read"), (HEAD, "no lesion in it"), (HEAD + ",,,,,,,\n", "no lesion in it"),
+    (HEAD + "P_00020,2,LEFT,CC,1,OVAL,N/A,BENIGN,more\n", "row 2 has 9 values for 8 columns"), (HEAD.replace("\n", ",Pathology \n") + "P_00020,2,LEFT,CC,1,OVAL,N/A,BENIGN,BENIGN\n", "column 'pathology' is there twice"),
+    (HEAD + "P_00020,2,LEFT,CC,0,OVAL,N/A,BENIGN\n", "row 2 has abnormality_id '0'; expected 1, 2"), (HEAD + "\nP_00020,2,LEFT,CC,1.5,OVAL,N/A,BENIGN\n", "row 3 has abnormality_id '1.5'"),
+    (HEAD + "D_4112,2,LEFT,CC,1,OVAL,N/A,BENIGN\n", "row 2 has patient_id 'D_4112'; expected P_00001"), (HEAD + "P_00020,2,BOTH,CC,1,OVAL,N/A,BENIGN\n", "row 2 has left_or_right_breast 'BOTH'"),
+    (HEAD + "P_00020,2,LEFT,CC,1,OVAL,N/A,BENIGN\nP_20,2,left,CC,1.0,OVAL,N/A,BENIGN\n", "row 3 describes Mass-Test_P_00020_LEFT_CC_1 a second time")])
+def test_faulty_case_descriptions(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message): open_source(params(put(tmp_path, {**repacked(ROWS), "csv/mass_case_description_test_set.csv":text.encode()})))
+
+def test_densities_that_are_none_are_counted(tmp_path):
+    s = open_source(params(put(tmp_path, repacked([{**r, "density":d} for r, d in zip(ROWS, ["", "n/a", "5", "2.5", *["2"]*99])]))))
+    assert "4 lesions have a density outside 1 to 4: not labelled for density" in s.notes and [r.labels["dense"] for r in s.records[:5]] == ["", "", "", "", "NOT_DENSE"]
+
+def test_dicom_without_ending(tmp_path, published):
+    "As TCIA's series come from some tools: named by their UID or by nothing."
+    for i, name in enumerate((lambda k, n: k.replace(".dcm", ""), lambda k, n: k.rsplit("/", 1)[0] + f"/1.3.6.1.4.1.9590.{n}", lambda k, n: k.replace(".dcm", ".DCM"), lambda k, n: k.replace(".dcm", ".ima"))):
+        files = {name(k, n) if k.endswith(".dcm") else k: v for n, (k, v) in enumerate(as_dicom(ROWS).items())}
+        s = open_source(params((put, zipped)[i % 2](tmp_path/str(i), {**files, "LICENSE":b"x"*200, "DICOMDIR":dicom(DEEP)})))
+        assert seen(s) == published and "2 files were not read: 2 without ending" in s.notes
+
+def test_what_is_not_asked_for_is_counted(tmp_path):
+    files = {**repacked(ROWS), "train/masks/Mass-Training_P_00001_LEFT_CC_MASK.png":encode(pixels(ROWS[0])[1], "PNG")}
+    s = open_source(params(put(tmp_path, files), findings=["mass"]))
+    assert "16 images were not read: data.cbis.findings is mass" in s.notes and "1 masks of all lesions of a view together were not read" in s.notes and "2 files were not read: 2 .csv" in s.notes
+
+@pytest.mark.parametrize("files, error, message", [
+    (lambda: change(repacked(ROWS), "mass_case_description_test", None), FileNotFoundError, "mass_case_description_test_set.csv is missing. TCIA offers it"),
+    (lambda: {"CBIS-DDSM.zip":b"PK"}, FileNotFoundError, "There is CBIS-DDSM.zip: unpack it, or point data.path at it"), (lambda: {"manifest.tcia":b""}, FileNotFoundError, "manifest.tcia is but a list .*NBIA Data Retriever"),
+    (lambda: {k.replace("mass_case_description_test", "x").replace("mass_case_description_train", "mass_case_description_test").replace("x_set", "mass_case_description_train_set"): v for k, v in repacked(ROWS).items()}, FileNotFoundError, "row 2: .* has no image of Mass-Training_P_00020_LEFT_CC.*There is Mass-Test_P_00020_LEFT_CC: is the CSV named after the other split"),
+    (lambda: change(as_jpeg(ROWS), "dicom_info", None), ValueError, "no mammogram is named in its path, and there is no dicom_info.csv"),
+    (lambda: {**as_jpeg(ROWS), "dicom_info.csv":b""}, ValueError, "csv/dicom_info.csv and dicom_info.csv: keep one"),
+    (lambda: change(as_jpeg(ROWS), "dicom_info", as_jpeg(ROWS)["csv/dicom_info.csv"] + b"CBIS-DDSM/jpeg/1.3/9.jpg,somebody,x\n"), ValueError, "dicom_info.csv: row 64 has PatientID 'somebody', which names no lesion"),
+    (lambda: change(as_jpeg(ROWS), "dicom_info", as_jpeg(ROWS)["csv/dicom_info.csv"] + b"x/1.3.6.1.4.021/1-000.jpg,Mass-Test_P_00020_LEFT_CC_1,x\n"), ValueError, "row 64 says Mass-Test_P_00020_LEFT_CC_1 of 1.3.6.1.4.021/1-000.jpg, an earlier row Mass-Training_P_00001_LEFT_CC. Keep one"),
+    (lambda: {k.replace("train/", "CBIS_MASKS/").replace("_MASK_", "_"): v for k, v in change(repacked(ROWS), "P_00021_LEFT_CC_MASK", None).items()}, FileNotFoundError, "row 3: .* has no mask of Mass-Test_P_00021_LEFT_CC_1")])
+def test_sets_that_are_incomplete(tmp_path, files, error, message):
+    with pytest.raises(error, match=message): open_source(params(put(tmp_path, files())))
+
+def test_jpeg_tables_of_other_machines(tmp_path):
+    files = as_jpeg(ROWS)
+    ours = seen(open_source(params(put(tmp_path/"a", files))))
+    table = files["csv/dicom_info.csv"].decode().replace("/", "\\").replace("PatientID", "Patient ID").replace("image_path", "image path") + "CBIS-DDSM\\jpeg\\9\\9.jpg,Mass-Test_P_00021_LEFT_CC_1,x\n"
+    s = open_source(params(put(tmp_path/"b", {**files, "csv/dicom_info.csv":table.encode()})))
+    assert seen(s) == ours and "warning: 1 rows of csv/dicom_info.csv name files that are not there, the first is 9/9.jpg" in s.notes
+
+
+# Pixels that need a rule
+
+def built(pixels, compressed=False, **tags):
+    "A DICOM file with other tags."
+    d = pydicom.dcmread(io.BytesIO(dicom(pixels, compressed=compressed)))
+    for k, v in tags.items():
+        setattr(d, k, v)
+    out = io.BytesIO(); d.save_as(out)
+    return out.getvalue()
+
+DEEP = np.arange(2100, dtype=np.uint16).reshape(42, 50)*25
+
+def grey(folder, data, name="a.dcm"):
+    (folder/name).write_bytes(data)
+    return read_grey(folder, name, name), grey_size(folder, name, name)
+
+@pytest.mark.parametrize("data, expected", [
+    (lambda: dicom(DEEP), DEEP), (lambda: dicom(DEEP, "MONOCHROME1"), DEEP.max() - DEEP), (lambda: built(DEEP, RescaleSlope="1", RescaleIntercept="0"), DEEP),
+    (lambda: built(DEEP, RescaleSlope="-0.5", RescaleIntercept="7"), 7 - DEEP*.5), (lambda: built(DEEP, RescaleIntercept="-1024"), DEEP - 1024.), (lambda: built(DEEP, RescaleSlope="", WindowCenter="9", WindowWidth="2"), DEEP),
+    (lambda: built(DEEP, "MONOCHROME1", RescaleSlope="2"), DEEP*2.), (lambda: built(DEEP - 26_000, PixelRepresentation=1, PhotometricInterpretation="MONOCHROME1"), int(DEEP.max()) - DEEP.astype(int)),
+    (lambda: built(DEEP, NumberOfFrames="1"), DEEP), (lambda: dicom(DEEP, compressed=True), DEEP)])
+def test_dicom_values(tmp_path, data, expected):
+    values, size = grey(tmp_path, data())
+    assert (values == expected).all() and size == (50, 42)
+    b = to_bytes(values)
+    assert b.dtype == np.uint8 and (b.min(), b.max()) == (0, 255) and (np.argsort(b, None, "stable") == np.argsort(b.ravel(), kind="stable")).all()
+
+def test_small_slopes_keep_their_scale():
+    assert (to_bytes(DEEP*1e-6) == to_bytes(DEEP)).mean() > .99 and not to_bytes(np.full((2, 2), 7.)).any()
+
+@pytest.mark.parametrize("data, message", [
+    (lambda: built(DEEP, Rows=60_000, Columns=60_000), "declares 60000 × 60000 px, 89,478,485 at most .sdmae.data.records.MAX_PIXELS"), (lambda: built(DEEP, Rows=0), "declares 50 × 0 px"),
+    (lambda: built(DEEP, NumberOfFrames="3"), "3 frames of 1 samples"), (lambda: built(DEEP, NumberOfFrames="999999999"), "999999999 frames"), (lambda: built(DEEP, SamplesPerPixel=3), "1 frames of 3 samples"),
+    (lambda: built(DEEP, PhotometricInterpretation="PALETTE COLOR"), "PALETTE COLOR; expected one grey image"), (lambda: built(DEEP, RescaleSlope="0"), "rescale slope 0.0"),
+    (lambda: built(DEEP, Rows=21), "holds 4,200 bytes of pixels, its header declares 2,100"), (lambda: built(DEEP, RescaleSlope="1e999"), "rescale slope inf|truncated"),
+    (lambda: built(DEEP, ModalityLUTSequence=[]), "Modality LUT"), (lambda: built(DEEP, Rows=43), "truncated, or not a DICOM"), (lambda: b"\0"*128 + b"DICM" + b"\2\0\0\0UI\x1a\x001.2.840.10008.1.2.1.99", "deflated"),
+    (lambda: dicom(DEEP, compressed=True).replace(b"1.2.840.10008.1.2.5", b"1.2.840.10008.1.2.9"), "truncated, or not a DICOM"), (lambda: b"", "truncated, or not a DICOM"), (lambda: encode(DEEP, "PNG"), "truncated, or not a DICOM")])
+def test_dicom_that_is_refused(tmp_path, data, message):
+    with pytest.raises(ValueError, match=f"^a.dcm: .*{message}"): grey(tmp_path, data())
+
+def test_a_missing_decoder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(cbis_module, "get_decoder", lambda uid: type("None", (), dict(is_available=False)))
+    with pytest.raises(ValueError, match="a.dcm: compressed as RLE Lossless, and no decoder for it is installed. `pip install pylibjpeg"): grey(tmp_path, dicom(DEEP, compressed=True))
+
+def test_headers_are_read_before_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(pydicom.dataset.Dataset, "pixel_array", property(lambda d: pytest.fail("pixels were read")))
+    with pytest.raises(ValueError, match="declares"): grey(tmp_path, built(DEEP, Rows=60_000, Columns=60_000))
+
+def png_of(width, height):
+    "A PNG that declares a size and holds nothing of it."
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0"*99)) + chunk(b"IEND", b"")
+
+SMALL = (DEEP >> 8).astype(np.uint8)
+
+def image(pixels, form, mode=None, **kwargs):
+    out = io.BytesIO(); im = Image.fromarray(pixels)
+    (im.convert(mode) if mode else im).save(out, form, **kwargs)
+    return out.getvalue()
+
+def exif(turn):
+    e = Image.Exif(); e[0x112] = turn
+    return e
+
+@pytest.mark.parametrize("data, expected", [
+    (lambda: image(DEEP, "PNG"), DEEP), (lambda: image(DEEP, "TIFF"), DEEP), (lambda: image(DEEP.astype(np.int32), "TIFF"), DEEP), (lambda: image(SMALL, "PNG"), SMALL), (lambda: image(SMALL, "PNG", "RGB"), SMALL),
+    (lambda: image(SMALL, "PNG", "RGBA"), SMALL), (lambda: image(SMALL, "PNG", "LA"), SMALL), (lambda: image(SMALL > 90, "PNG"), (SMALL > 90)*255), (lambda: image(SMALL, "PNG", "P"), SMALL), (lambda: image(SMALL, "BMP"), SMALL),
+    (lambda: image(SMALL, "TIFF", compression="tiff_lzw"), SMALL), (lambda: image(SMALL, "PNG", exif=exif(6)), np.rot90(SMALL, -1)), (lambda: image(SMALL, "TIFF", exif=exif(3)), SMALL[::-1, ::-1]), (lambda: image(DEEP, "TIFF", exif=exif(6)), np.rot90(DEEP, -1)), (lambda: image(DEEP, "PNG", exif=exif(8)), np.rot90(DEEP)), (lambda: image(np.dstack([SMALL]*3 + [SMALL*0]), "PNG"), SMALL*0), (lambda: dicom(DEEP), DEEP)])
+def test_pictures(tmp_path, data, expected):
+    "Whatever the name says: the content tells."
+    values, size = grey(tmp_path, data(), "a.png")
+    assert values.shape == expected.shape == size[::-1] and (values == expected).all() and values.dtype in (np.uint8, np.uint16)
+
+def wide_colour():
+    "A PNG with 16 bits in each of three colours."
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0" + b"\1\2"*6)) + chunk(b"IEND", b"")
+
+@pytest.mark.filterwarnings("ignore:Image size")
+@pytest.mark.parametrize("data, message", [
+    (lambda: png_of(100_000, 9_000), "exceeds limit"), (lambda: png_of(10_000, 9_000), "10000×9000 px are too many"), (wide_colour, "more than 8 bits a channel"), (lambda: image(DEEP.astype(np.float32), "TIFF"), "more than 8 bits a channel"),
+    (lambda: image(SMALL, "TIFF", save_all=True, append_images=[Image.fromarray(SMALL)]), "several pages"), (lambda: image(DEEP.astype(np.int32)*2, "TIFF"), "beyond 16 bits"), (lambda: image(SMALL, "PNG")[:-30], "truncated"), (lambda: b"", "truncated")])
+def test_pictures_that_are_refused(tmp_path, data, message):
+    with pytest.raises(ValueError, match=f"^a.png: .*({message})"): grey(tmp_path, data(), "a.png")
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_named(tmp_path):
+    "Whatever byte is wrong: read, or a `ValueError` that begins with the name."
+    rng, told = np.random.default_rng(0), 0
+    for name, data in (("a.dcm", dicom(DEEP)), ("b.dcm", dicom(DEEP, compressed=True)), ("c.png", image(DEEP, "PNG")), ("d.tif", image(SMALL, "TIFF", compression="tiff_lzw")), ("e.jpg", image(SMALL, "JPEG"))):
+        for i in range(60):
+            broken = bytearray(data)
+            for at in rng.integers(0, (min(400, len(data)), len(data))[i % 2], 3): broken[at] = rng.integers(256)
+            try: grey(tmp_path, bytes(broken[:rng.integers(len(data))] if i % 5 == 0 else broken), name)
+            except ValueError as e:
+                assert str(e).startswith(f"{name}: "), e
+                told += 1
+    assert told > 100
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+@pytest.mark.parametrize("values", [(0, 65535), (0, 1), (7, 4000)])
+def test_masks_of_16_bits(tmp_path, published, form, values):
+    ending = ".png" if form == "PNG" else ".tif"
+    files = {(k.replace(".png", ending) if "MASK" in k else k): image(np.where(np.asarray(Image.open(io.BytesIO(v))) > 0, values[1], values[0]).astype(np.uint16), form) if "MASK" in k else v for k, v in repacked(ROWS).items()}
+    assert seen(open_source(params(put(tmp_path, files)))) == published
+
+def test_deep_pictures_become_bytes_by_the_same_rule(tmp_path):
+    deep = {k: image(np.asarray(Image.open(io.BytesIO(v))).astype(np.uint16)*257, "PNG") if "FULL" in k else v for k, v in repacked(ROWS).items()}
+    as_png, as_dcm = (seen(open_source(params(put(tmp_path/n, f)))) for n, f in (("a", deep), ("b", as_dicom(ROWS))))
+    assert as_png == as_dcm
+
+def test_two_masks_of_one_lesion(tmp_path, published):
+    files, name = repacked(ROWS), "test/masks/Mass-Test_P_00021_LEFT_CC_MASK_1.png"
+    mask = np.asarray(Image.open(io.BytesIO(files[name])))
+    assert seen(open_source(params(put(tmp_path/"a", {**files, f"copy/{name}":files[name]})))) == published
+    for i, (other, message) in enumerate(((np.roll(mask, 3), "row 3: masks that differ in"), (~mask, "row 3: masks that differ in"))):
+        with pytest.raises(ValueError, match=message): seen(open_source(params(put(tmp_path/str(i), {**files, f"copy/{name}":encode(other, "PNG")}))))
+    with pytest.raises(ValueError, match="row 3: the mask holds all four corners: is it inverted"): seen(open_source(params(put(tmp_path/"d", {**files, name:encode(~mask, "PNG")}))))
+
+def test_a_split_without_masks(tmp_path):
+    files = {k: v for k, v in repacked(ROWS).items() if "masks/Mass-Test" not in k}
+    with pytest.raises(FileNotFoundError, match="none of 2 lesions of mass test has a mask. Get them, or set data.cbis.images to view"): open_source(params(put(tmp_path, files)))
+    assert len(open_source(params(tmp_path, images="view")).records) == len(ROWS) - 1
+
+def test_a_blank_mammogram(tmp_path):
+    put(tmp_path, change(repacked(ROWS), "P_00021_LEFT_CC_FULL", encode(np.full((70,50), 9, np.uint8), "PNG")))
+    for images in ("view", "lesion"):
+        with pytest.raises(ValueError, match="P_00021_LEFT_CC_FULL.png: a mammogram of one value only"): seen(open_source(params(tmp_path, images=images)))

@@ -1,5 +1,5 @@
 """Sources, store and sample: every adapter in each of its forms, and every kind of bad input."""
-import io, json, zipfile
+import io, json, os, struct, tarfile, unicodedata, zipfile, zlib
 from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sdmae.sample.tissue import CENTRES, TEST_CENTRE, make_sample, make_tile
-from sdmae.data.records import Record, Source, Task, quotas
+from sdmae.data.records import Record, Source, Task, decode, quotas, read_image, size_of
 from sdmae.sources.publishers import NCT_CLASSES, open_source
 from sdmae.data.store import TileStore, contact_sheet, fit, prepare
 from sdmae.files import sha256
@@ -95,11 +95,48 @@ def test_nct_missing(tmp_path, missing, message):
     with pytest.raises(FileNotFoundError, match=message): open_source(params(tmp_path, "nct"))
     with pytest.raises(FileNotFoundError, match="does not exist"): open_source(params(tmp_path/"nowhere", "nct"))
 
-@pytest.mark.parametrize("name", ["NCT-CRC-HE-100K/TUMOR/a.png", "NCT-CRC-HE-100K/train/TUM/a.png", "NCT-CRC-HE-100K/a.png", "a.png"])
+@pytest.mark.parametrize("name", ["NCT-CRC-HE-100K/TUMOR/a.png", "NCT-CRC-HE-100K/test/TUM/a.png", "NCT-CRC-HE-100K/a.png", "a.png"])
 def test_nct_wrong_layout(tmp_path, name):
     zipped(tmp_path/"NCT-CRC-HE-100K.zip", {name: image()})
     zipped(tmp_path/"CRC-VAL-HE-7K.zip", {"CRC-VAL-HE-7K/TUM/a.png": image()})
     with pytest.raises(ValueError, match="expected .*<class>/<image>|expected .*label/image"): open_source(params(tmp_path, "nct"))
+
+
+def unpacked(sample, folder):
+    for name in ("NCT-CRC-HE-100K", "CRC-VAL-HE-7K"): zipfile.ZipFile(sample/f"nct/{name}.zip").extractall(folder)
+    return folder
+
+def nct_moves(d):
+    "Spellings and places that are unambiguous."
+    a, b = d/"NCT-CRC-HE-100K", d/"CRC-VAL-HE-7K"
+    def inside(top, name):
+        (d/"tmp").mkdir(); top.rename(d/"tmp"/name); (d/"tmp").rename(top)
+    return {"as it is": lambda: d, "the test set itself": lambda: b, "one level higher": lambda: d.parent, "(1)": lambda: b.rename(d/"CRC-VAL-HE-7K (1)") and d,
+            "small letters": lambda: a.rename(d/"nct-crc-he-100k") and d, "class in small letters": lambda: (a/"MUC").rename(a/"muc") and d,
+            "train and test inside": lambda: (inside(a, "train"), inside(b, "test"), d)[2], "nested": lambda: (inside(a, a.name), d)[1]}
+
+@pytest.mark.parametrize("how", nct_moves(Path()))
+def test_nct_other_spellings(sample, tmp_path, how):
+    s = open_source(params(nct_moves(unpacked(sample, tmp_path/"in"))[how](), "nct"))
+    assert by_split(s) == {"train":72, "valid":18, "test":27} and s.classes == NCT_CLASSES and not [n for n in s.notes if "warning" in n and "published" not in n]
+    assert {r.centre for r in s.records} == {"NCT-CRC-HE-100K", "CRC-VAL-HE-7K"}
+
+def nct_faults(d):
+    a = d/"NCT-CRC-HE-100K"
+    first = lambda c: next((a/c).iterdir())
+    return {"class 'MUC' has no tile in train": lambda: (a/"MUC").rename(d/"MUC"), "a tile of TUM by its name, of ADI by its folder": lambda: first("TUM").rename(a/"ADI"/first("TUM").name),
+            "the folder is 'test', in the archive for train": lambda: ((d/"tmp").mkdir(), a.rename(d/"tmp"/"test"), (d/"tmp").rename(a)),
+            "has to be unpacked first": lambda: (a.rename(d/"x"), (d/"NCT-CRC-HE-100K.tar.gz").write_bytes(b""))}
+
+@pytest.mark.parametrize("message", nct_faults(Path()))
+def test_nct_faults(sample, tmp_path, message):
+    nct_faults(unpacked(sample, tmp_path))[message]()
+    with pytest.raises((ValueError, FileNotFoundError), match=message): open_source(params(tmp_path, "nct"))
+
+def test_nct_incomplete_sets_say_so(tmp_path):
+    for name in ("NCT-CRC-HE-100K", "CRC-VAL-HE-7K"): put(tmp_path, {f"{name}/{c}/{i}.png": image(20*i) for c in NCT_CLASSES for i in range(4)})
+    assert [n for n in open_source(params(tmp_path, "nct")).notes if "published" in n] == [
+        "warning: NCT-CRC-HE-100K has 36 tiles, 100000 were published", "warning: CRC-VAL-HE-7K has 36 tiles, 7180 were published"]
 
 
 # PatchCamelyon
@@ -186,6 +223,59 @@ def test_pcam_bad_meta(sample, tmp_path, change, message):
     file = pcam_copy(sample, tmp_path)/f"{stem('test')}_meta.csv"
     change(pd.read_csv(file, index_col=0)).to_csv(file)
     with pytest.raises(ValueError, match=message): open_source(params(tmp_path, "pcam"))
+
+@pytest.mark.parametrize("gone, message", [
+    (["valid_y.h5"], "valid_y.h5 is missing"), (["valid_x.h5"], "valid_x.h5 is missing"), (["valid_x.h5", "valid_y.h5"], "valid_x.h5 is missing"),
+    (["train_x.h5", "train_y.h5", "train_meta.csv"], "train_x.h5 is missing"), (["test_x.h5"], "test_x.h5 is missing"),
+    (["test_meta.csv"], "test_meta.csv is missing or names no slide, but other splits have theirs")])
+def test_pcam_incomplete(sample, tmp_path, gone, message):
+    pcam_copy(sample, tmp_path)
+    for g in gone: (tmp_path/f"camelyonpatch_level_2_split_{g}").unlink()
+    with pytest.raises(FileNotFoundError, match=message): open_source(params(tmp_path, "pcam"))
+
+def test_pcam_without_slides_says_so(sample, tmp_path):
+    pcam_copy(sample, tmp_path)
+    for p in tmp_path.glob("*_meta.csv"): p.unlink()
+    assert open_source(params(tmp_path, "pcam")).notes[-1] == "the slides of its tiles are not known: no camelyonpatch_level_2_split_*_meta.csv"
+
+@pytest.mark.parametrize("below", ["", "pcam", "x/pcam"])
+def test_pcam_found_below_or_by_one_of_its_files(sample, tmp_path, below):
+    pcam_copy(sample, tmp_path/below)
+    for path in (tmp_path, tmp_path/below/f"{stem('train')}_x.h5"): assert by_split(open_source(params(path, "pcam"))) == {"train":32, "valid":8, "test":12}
+    pcam_copy(sample, tmp_path/"again"/"pcam")
+    if below: 
+        with pytest.raises(ValueError, match="hold PatchCamelyon's files. Name one"): open_source(params(tmp_path, "pcam"))
+
+def test_pcam_meta_of_another_order_is_told(sample, tmp_path):
+    file = pcam_copy(sample, tmp_path)/f"{stem('test')}_meta.csv"
+    pd.read_csv(file, index_col=0).iloc[::-1].rename(columns={"wsi":" WSI "}).to_csv(file)
+    assert any("test_meta.csv speaks of" in n for n in open_source(params(tmp_path, "pcam")).notes)
+
+@pytest.mark.parametrize("change", [lambda y: y.astype(float), lambda y: y.astype(bool), lambda y: y.ravel(), lambda y: y[:,0]])
+def test_pcam_labels_of_any_form(sample, tmp_path, change):
+    spoil(pcam_copy(sample, tmp_path), "test", "y", change)
+    assert [r.label for r in open_source(params(tmp_path, "pcam")).records] == [r.label for r in open_source(params("pcam", "pcam"), root=sample).records]
+
+def odd_h5(sample):
+    "What an HDF5 file may say of itself without holding it."
+    other = str(sample/f"pcam/{stem('test')}_x.h5")
+    def virtual(f, x):
+        layout = h5py.VirtualLayout(x.shape, "u1"); layout[:] = h5py.VirtualSource(other, "x", x.shape); f.create_virtual_dataset("x", layout)
+    empty = lambda shape, chunks: lambda f, x: f.create_dataset("x", shape=shape, dtype="u1", chunks=chunks)
+    return {"1000000000000 tiles but 12 labels": empty((10**12,96,96,3), (1,96,96,3)), "was not written to its end, 0% are there": empty((12,96,96,3), (1,96,96,3)),
+            "was not written to its end, 50% are there": lambda f, x: empty((12,96,96,3), (1,96,96,3))(f, x).__setitem__(slice(6), x[:6]),
+            "x is uint8 .12, 90000, 90000, 3.": empty((12,90000,90000,3), (1,96,96,3)), "kept in pieces of .* too large": empty((12,8000,8000,3), (12,8000,8000,3)),
+            "the pixels of 'x' lie in another file": virtual, "'x' lies in another file": lambda f, x: f.__setitem__("x", h5py.ExternalLink(other, "x")),
+            "the pixels of 'x' lie in another file.": lambda f, x: f.create_dataset("x", x.shape, "u1", external=[(other, 0, x.nbytes)]),
+            "'x' is no dataset": lambda f, x: f.create_group("x"), "x is uint16": lambda f, x: f.create_dataset("x", data=x.astype("u2")), "expected an array": lambda f, x: f.create_dataset("x", data=1)}
+
+@pytest.mark.parametrize("message", odd_h5(Path()))
+def test_pcam_hostile_headers(sample, tmp_path, message):
+    file = pcam_copy(sample, tmp_path)/f"{stem('test')}_x.h5"
+    with h5py.File(file) as f: x = f["x"][:]
+    file.unlink()
+    with h5py.File(file, "w") as f: odd_h5(sample)[message](f, x)
+    with pytest.raises(ValueError, match=f"test_x.h5.*{message}"): open_source(params(tmp_path, "pcam"))
 
 def test_pcam_damaged_chunk_names_the_row(sample, tmp_path):
     file = pcam_copy(sample, tmp_path)/f"{stem('test')}_x.h5"
@@ -276,6 +366,132 @@ def test_empty_split_and_untrained_class(tmp_path):
     with pytest.raises(ValueError, match="split 'test' has one class only.*Add tiles of b, c"): open_source(params(tmp_path/"six"))
 
 
+@pytest.mark.parametrize("kind", ["loop", "self", "sibling", "gone", "gone folder", "pipe", "text"])
+def test_links(tmp_path, kind):
+    "A link to another disk is a folder like any other; what cannot be followed is told or refused."
+    put(tmp_path/"mine", tiles(8, "ab")); put(tmp_path/"disk"/"c", {f"{i}.png": image(9*i) for i in range(8)})
+    mine, c = tmp_path/"mine", tmp_path/"mine"/"c"
+    c.symlink_to(tmp_path/"disk"/"c")
+    {"loop": lambda: (c/"up").symlink_to(mine), "self": lambda: (mine/"a"/"self").symlink_to("self"), "sibling": lambda: (mine/"d").symlink_to(mine/"a"),
+     "gone": lambda: (mine/"a"/"9.png").symlink_to("nowhere"), "gone folder": lambda: (mine/"d").symlink_to(tmp_path/"nowhere"), "pipe": lambda: os.mkfifo(mine/"a"/"9.png"),
+     "text": lambda: (mine/"README.txt").symlink_to("nowhere")}[kind]()
+    if kind in ("loop", "text"):
+        s = open_source(params(mine))
+        assert s.classes == ["a","b","c"] and len(s.records) == 24 and {"loop":"links back to a folder above them, not followed: 1; the first is c/up", "text":"1 file was not read: README.txt"}[kind] in s.notes[1]
+    else:
+        with pytest.raises((ValueError, FileNotFoundError), match={"sibling":"are one folder"}.get(kind, "is a link to nothing, or no file")): open_source(params(mine))
+
+def test_what_is_not_read_is_told(tmp_path):
+    put(tmp_path, {**tiles(8), "a/x.webp":b"", "a/y.xml":b"", "b/z.xml":b"", "a/._0.png":b"", ".DS_Store":b"", "Thumbs.db":b"", "__MACOSX/a/0.png":b"", "b/.hid.png":b""})
+    (tmp_path/"c").mkdir()
+    assert open_source(params(tmp_path)).notes[1:] == ["warning: 4 files were not read: 2 .xml, a/x.webp, b/.hid.png", "warning: empty folders: 1; the first is c/"]
+
+@pytest.mark.parametrize("pack", [put, zipped])
+def test_one_class_in_two_forms_of_unicode(tmp_path, pack):
+    "Composed and decomposed, with a space behind, with one that does not break."
+    forms = ["Tumeur bénigne", unicodedata.normalize("NFD", "Tumeur bénigne"), "Tumeur\u00a0bénigne", "Tumeur bénigne "]
+    s = open_source(params(pack(tmp_path/"d.zip", {f"{f}/{i}.png": image(9*i) for i in range(8) for f in (forms[i%4], "b")})))
+    assert s.classes == ["Tumeur bénigne", "b"] and len(s.records) == 16 and [r.read() for r in s.records]
+
+def test_classes_that_differ_by_capitals_are_pointed_out(tmp_path):
+    put(tmp_path/"x", {**tiles(8, ["Tumor", "normal"], "train/"), **tiles(8, ["tumor", "normal"], "test/")})
+    with pytest.raises(ValueError, match="class 'tumor' has no tile in train.*Classes that may be the same: 'Tumor' and 'tumor'"): open_source(params(tmp_path/"x"))
+    assert any("'A' and 'a'" in n for n in open_source(params(put(tmp_path/"y", tiles(8, "Aab")))).notes)
+
+def test_one_level_too_low(tmp_path):
+    put(tmp_path, {**tiles(8, "ab", "train/"), **tiles(8, "ab", "test/")})
+    assert open_source(params(tmp_path/"train")).notes[-1] == "warning: train alone was read, test beside it not: name the folder above in data.path"
+    with pytest.raises(ValueError, match="If a is itself a label, name the folder above"): open_source(params(tmp_path/"train"/"a"))
+    put(tmp_path/"turned", tiles(8, ["a/train", "b/train"]))
+    with pytest.raises(ValueError, match="the folder of a label is called 'train'"): open_source(params(tmp_path/"turned"))
+
+def test_what_cannot_be_written_into_a_table(tmp_path):
+    put(tmp_path/"a", {**tiles(8), "a/x\r.png":image()})
+    with pytest.raises(ValueError, match="carriage return"): prepare(open_source(params(tmp_path/"a")), tmp_path/"out", params("x"))
+    put(tmp_path/"b", {**tiles(8), os.fsdecode(b"a/\xff.png"):image()})
+    with pytest.raises(ValueError, match="not in UTF-8"): open_source(params(tmp_path/"b"))
+
+
+# Pixels that need a decision
+
+def saved(im, form, **kwargs):
+    b = io.BytesIO(); im.save(b, form, **kwargs)
+    return b.getvalue()
+
+def png16(colour, channels):
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    rows = zlib.compress(b"".join(b"\0" + np.arange(4*channels, dtype=">u2").tobytes() for _ in range(4)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, colour, 0, 0, 0)) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+def tif(array, **tags):
+    "A plain TIFF of any depth, written by hand: Pillow writes none of 16-bit colour."
+    h, w, c = array.shape
+    entries = {256:w, 257:h, 258:8*array.itemsize, 259:1, 262:2 if c == 3 else 1, 273:8, 277:c, 278:h, 279:array.nbytes, **{int(k[1:]): v for k, v in tags.items()}}
+    long = b"".join(struct.pack("<H", 8*array.itemsize) for _ in range(c))
+    at = 8 + array.nbytes
+    ifd = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", k, 3, c, at) if k == 258 and c > 2 else struct.pack("<HHII", k, 4 if v > 65535 else 3, 1, v) for k, v in sorted(entries.items())) + b"\0"*4
+    return struct.pack("<2sHI", b"II", 42, at + len(long)) + array.tobytes() + long + ifd
+
+@pytest.mark.parametrize("data", [*[png16(*o) for o in ((0,1), (2,3), (4,2), (6,4))], tif(np.zeros((4,4,3), np.uint16)), tif(np.zeros((4,4,1), np.uint16)),
+                                  saved(Image.new("F", (4,4)), "TIFF"), saved(Image.new("I", (4,4)), "TIFF"), tif(np.zeros((4,4,1), np.int8), t339=2)])
+def test_deep_pixels_are_refused(data):
+    with pytest.raises(ValueError, match="x.png: more than 8 bits a channel.*save it with 8"): decode(data, "x.png")
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_modes_as_ever(mode):
+    "What has 8 bits and nothing to see through is converted as Pillow does."
+    data = saved(Image.fromarray(np.random.default_rng(0).integers(0, 256, (8,8,3), dtype=np.uint8)).convert(mode), "TIFF" if mode in ("CMYK", "YCbCr") else "PNG")
+    for to in ("RGB", "L"): assert (decode(data, "x", to) == np.asarray(Image.open(io.BytesIO(data)).convert(to))).all()
+
+def test_transparent_parts_are_glass_or_air():
+    half = Image.new("RGBA", (2,1), (200,100,0,255)); half.putpixel((1,0), (200,100,0,51))
+    for im in (half, half.convert("LA")):
+        white, black = (decode(saved(im, "PNG"), "x", m).astype(int) for m in ("RGB", "L"))
+        solid = np.asarray(im.convert("RGB"))[0,0]
+        assert (white[0,0] == solid).all() and np.abs(white[0,1] - (solid*.2 + 255*.8)).max() <= 1 and abs(black[0,1] - black[0,0]*.2) <= 1
+    keyed = saved(Image.new("RGB", (2,2), (9,9,9)), "PNG", transparency=(9,9,9))
+    assert (decode(keyed, "x") == 255).all()
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+def test_pictures_stand_upright(tmp_path, form, turn):
+    tile = np.zeros((8,16,3), np.uint8); tile[:4,:8] = 255
+    exif = Image.Exif(); exif[0x0112] = turn
+    (tmp_path/"x").write_bytes(saved(Image.fromarray(tile), form, exif=exif))
+    got = decode((tmp_path/"x").read_bytes(), "x")
+    assert np.abs(got.astype(int) - np.rot90(tile, {1:0, 3:2, 6:3, 8:1}[turn])).mean() < 30 and got.shape[:2] == ((8,16) if turn < 5 else (16,8))
+    assert size_of(tmp_path, "x", "x") == got.shape[1::-1]
+
+def test_several_pages():
+    red, blue = (Image.new("RGB", (4,4), c) for c in ("red", "blue"))
+    for form in ("TIFF", "GIF", "WEBP"):
+        with pytest.raises(ValueError, match="x: several pages or frames"): decode(saved(red, form, save_all=True, append_images=[blue]), "x")
+    for form in ("PNG", "MPO"): assert decode(saved(red, form, save_all=True, append_images=[blue]), "x")[0,0,0] > 250 # these have one that is shown
+    thumb = Image.new("RGB", (2,2), "blue")
+    for pages, size in (([(red, 0), (thumb, 1)], 4), ([(thumb, 1), (red, 0)], 4)): # a smaller copy is no page
+        first, *others = (im for im, _ in pages)
+        for im, reduced in pages: im.encoderinfo = {"tiffinfo": {254: reduced}}
+        b = io.BytesIO(); first.save(b, "TIFF", save_all=True, append_images=others, tiffinfo={254: pages[0][1]})
+        assert decode(b.getvalue(), "x").shape[0] == size
+
+def bombs():
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    png = lambda w, h: b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0"*1000)) + chunk(b"IEND", b"")
+    tags = lambda *e: b"II*\0" + struct.pack("<IH", 8, len(e)) + b"".join(struct.pack("<HHII", t, 4, c, v) for t, c, v in e) + b"\0"*4
+    return {"png":png(12000,12000), "larger":png(60000,60000), "largest":png(2**31-1, 2**31-1), "bmp":b"BM" + struct.pack("<IHHIIiiHHIIiiII", 100, 0, 0, 54, 40, 10**5, 10**5, 1, 24, 0, 0, 0, 0, 0, 0),
+            "tiff":tags((256,1,10**9), (257,1,10**9), (273,2**31-1,8)), "eps":b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"}
+
+@pytest.mark.parametrize("kind", bombs())
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_images_that_promise_too_much(tmp_path, kind, monkeypatch):
+    "Refused by the header: nothing is unpacked, and no program started."
+    import subprocess
+    monkeypatch.setattr(Image.Image, "convert", None); monkeypatch.setattr(subprocess, "Popen", None)
+    (tmp_path/"x").write_bytes(bombs()[kind])
+    for ask in (lambda: decode(bombs()[kind], "a/x.png"), lambda: size_of(tmp_path, "x", "a/x.png")):
+        with pytest.raises(ValueError, match="a/x.png: "): ask()
+
+
 # CSV
 
 def table(folder, rows, **columns):
@@ -324,6 +540,57 @@ def test_csv_bad_file(tmp_path):
     for f in ("a.csv", "b.csv"):
         with pytest.raises(ValueError, match="not a CSV that can be read"): open_source(params(tmp_path/f, "csv"))
 
+def write(folder, text, n=24, name=lambda i: f"{i}.png"):
+    put(folder, {name(i): image(9*i) for i in range(n)} | {"t.csv": text if isinstance(text, bytes) else text.encode()})
+    return open_source(params(folder/"t.csv", "csv"))
+
+ROWS = "path,label\n" + "".join(f"{i}.png,{'ab'[i%2]}\n" for i in range(24))
+
+@pytest.mark.parametrize("change", [lambda t: "\ufeff" + t.replace("\n", "\r\n"), lambda t: t.replace(",", ";"), lambda t: t.replace(",", "\t"), lambda t: t.replace("path,label", " Path ,LABEL"),
+    lambda t: t.replace("\n7.", "\n\n7."), lambda t: "".join(f"{i or ''},{l}\n" for i, l in enumerate(t.splitlines())), lambda t: t.replace("\n3.png", "\n 3.png "), lambda t: t.replace("a\n", "a \n", 5),
+    lambda t: t.replace("\n7.png", '\n"7.png"')])
+def test_csv_as_programs_write_it(tmp_path, change):
+    s = write(tmp_path, change(ROWS))
+    assert s.classes == ["a","b"] and [r.label for r in s.records] == ["ab"[i%2] for i in range(24)] and [r.read().mean() for r in s.records] == [min(9*i, 255) for i in range(24)] and len(s.notes) == 1
+
+@pytest.mark.parametrize("name, said", [(lambda i: unicodedata.normalize("NFD", f"é{i}.png"), lambda i: f"é{i}.png"), (lambda i: f"img/{i}.png", lambda i: f"img\\{i}.png"), (lambda i: f"my  img/{i}.png",)*2])
+def test_csv_paths_as_other_systems_write_them(tmp_path, name, said):
+    assert len(write(tmp_path, "path,label\n" + "".join(f"{said(i)},{'ab'[i%2]}\n" for i in range(24)), name=name).records) == 24
+
+@pytest.mark.parametrize("text, message", [
+    (ROWS.replace("\n7.png,b", "\n\n7.png,"), "row 10 has no label"), (ROWS + "3.png,a\n", "rows 5 and 26 name one file, 3.png, but its label is 'b' and 'a'"),
+    (ROWS + "./3.png,a\n", "rows 5 and 26 name one file"), (ROWS.replace("path,label", "path,label,Label").replace("a\n", "a,b\n").replace("b\n", "b,b\n"), "column 'label' is there twice"),
+    (ROWS + "7.png\n", "row 26 has no label"), (ROWS + '"7.png,b\n', "not a CSV that can be read"), (ROWS.replace("a\n", "é\n").encode("latin-1"), "not a CSV that can be read.*UTF-8"),
+    (ROWS.encode("utf-16"), "not a CSV"), ("path,label\n", "no row in it"), (ROWS.replace("3.png", "."), "row 5 names ., which is not there; 3 of 24 rows")])
+def test_csv_faults_are_named(tmp_path, text, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message): write(tmp_path, text)
+
+def test_csv_rows_listed_twice_count_once(tmp_path):
+    s = write(tmp_path, ROWS + ROWS.split("\n", 1)[1].replace("\n3.png", "\n./3.png"))
+    assert len(s.records) == 24 and "warning: rows that name a file a second time, left out: 24; the first is row 26" in s.notes
+
+def test_csv_a_file_in_two_splits_is_a_copy(tmp_path):
+    from test_copies import saved as png, tissue
+    put(tmp_path, {f"{i}.png": png(tissue(i, 16)) for i in range(24)})
+    (tmp_path/"t.csv").write_text("path,label,split\n" + "".join(f"{i}.png,{'ab'[i%2]},{('train','valid','test')[i//8]}\n" for i in range(24)) + "20.png,a,train\n")
+    with pytest.raises(ValueError, match="1 of test in train; the first is 20.png = 20.png"): prepare(open_source(params(tmp_path/"t.csv", "csv")), tmp_path/"out", params("x"))
+
+def test_csv_one_name_in_several_spellings(tmp_path):
+    "Spaces, accents and numbers are joined; capitals and zeros are left and told."
+    rows = [(f"{i}.png", ("1","1.0")[i%4//2] if i%2 else "0", ("P1 ", "P1", "p1", "\u00a0P2", "P02", "nan")[i%6]) for i in range(24)]
+    s = write(tmp_path, "path,label,group\n" + "".join(",".join(r) + "\n" for r in rows))
+    assert s.classes == ["0","1"] and {r.group for r in s.records} == {"P1","p1","P2","P02","nan"}
+    assert s.notes[1:4] == ["joined as one label: 1.0 and 1", "warning: groups that may be the same: 'P1' and 'p1', 'P2' and 'P02'", "warning: groups called nan: leave the cell empty where nothing is known"]
+    split = write(tmp_path/"b", "path,label,group,split\n" + "".join(f"{i}.png,{'ab'[i%2]},G{i//8},{('train','valid','test')[i//8]}\n" for i in range(24)))
+    assert by_split(split) == {"train":8, "valid":8, "test":8}
+    with pytest.raises(ValueError, match="group 'P1' is in train and test"):
+        write(tmp_path/"c", "path,label,group,split\n" + "".join(f"{i}.png,{'ab'[i%2]},{('P1','P1 ','P2')[i//8]},{('train','test','valid')[i//8]}\n" for i in range(24)))
+
+def test_csv_columns_that_nobody_reads_are_told(tmp_path):
+    text = ROWS.replace("path,label", "path,label,patient_id,stain").replace("a\n", "a,P1,HE\n").replace("b\n", "b,P2,HE\n")
+    assert write(tmp_path, text).notes[1] == "warning: columns that are not used: patient_id, stain; one that says who belongs together must be called group"
+    assert write(tmp_path/"b", text.replace("patient_id", "scanner")).notes[1] == "columns that are not used: scanner, stain"
+
 def test_labels_that_pandas_would_eat(tmp_path):
     file = table(tmp_path, 20)
     file.write_text(file.read_text().replace(",a\n", ",NA\n").replace(",b\n", ",None\n"))
@@ -345,6 +612,56 @@ def test_zip_truncated(tmp_path):
     file.write_bytes(b"<html>404</html>")
     with pytest.raises(ValueError, match="data.zip: not a zip"): open_source(params(file))
 
+def test_zip_of_windows(tmp_path):
+    with zipfile.ZipFile(tmp_path/"w.zip", "w") as z:
+        for n, data in tiles(10, "ab", "mine/").items(): z.writestr(zipfile.ZipInfo(n.replace("/", "\\")), data)
+    s = open_source(params(tmp_path/"w.zip"))
+    assert s.classes == ["a","b"] and len(s.records) == 20 and [r.read().mean() for r in s.records[:3]] == [0, 10, 20]
+
+def test_zip_of_macos(tmp_path):
+    "Names in UTF-8 that are not said to be; and such as are really of DOS."
+    file = zipped(tmp_path/"m.zip", {**{f"{i}xxxx/{k}.png": image(9*k) for i in ("cafe", "caff") for k in range(8)}})
+    file.write_bytes(file.read_bytes().replace(b"cafexxxx", "caféxxx".encode()).replace(b"caffxxxx", "cafXxxxx".encode().replace(b"X", b"\x8a")))
+    s = open_source(params(file))
+    assert s.classes == ["cafèxxxx", "caféxxx"] and s.records[-1].read().mean() == 63
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_zip_with_a_name_twice(tmp_path):
+    file = zipped(tmp_path/"data.zip", tiles(10))
+    with zipfile.ZipFile(file, "a") as z: z.writestr("a/3.png", image(9))
+    with pytest.raises(ValueError, match="data.zip: a/3.png is there twice"): open_source(params(file))
+
+def altered(file, at, value, form="<I"):
+    "The central directory's last entry with another number in it."
+    data = bytearray(file.read_bytes()); i = data.rfind(b"PK\x01\x02")
+    data[i+at:i+at+struct.calcsize(form)] = struct.pack(form, value); file.write_bytes(data)
+
+@pytest.mark.parametrize("declared, message", [(3*10**9, "z/bomb.png: 3.0 GB are too much for one file"), (100, "z/bomb.png: damaged inside the archive")])
+def test_zip_bombs(tmp_path, declared, message):
+    "One that says so, and one that lies: no more is unpacked than was declared."
+    import tracemalloc
+    with zipfile.ZipFile(tmp_path/"data.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        for n, data in {**tiles(5), "z/bomb.png": b"\0"*(60*2**20)}.items(): z.writestr(n, data)
+    altered(tmp_path/"data.zip", 24, declared)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=message): read_image(tmp_path/"data.zip", "z/bomb.png", "data.zip/z/bomb.png")
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+def test_zip_packed_as_python_cannot(tmp_path):
+    file = zipped(tmp_path/"data.zip", tiles(10)); altered(file, 10, 9, "<H")
+    with pytest.raises(ValueError, match="packed by method 9, which Python cannot read. Unpack"): open_source(params(file))
+
+@pytest.mark.parametrize("name, data, message", [("a.tar.gz", None, "of kind tar"), ("a.7z", b"7z\xbc\xaf\x27\x1c", "of kind 7z"), ("a.h5", b"\x89HDF\r\n\x1a\n", "of kind HDF5"), ("a.csv", b"path,label\n", "data.adapter csv")])
+def test_other_archives_are_called_by_their_kind(tmp_path, name, data, message):
+    if data: put(tmp_path, {name: data})
+    else:
+        with tarfile.open(tmp_path/name, "w:gz") as t:
+            for n, d in tiles(3).items():
+                info = tarfile.TarInfo(n); info.size = len(d); t.addfile(info, io.BytesIO(d))
+    with pytest.raises(ValueError, match=message): open_source(params(tmp_path/name))
+    with pytest.raises(FileNotFoundError, match=f"nothing in it that ends in .png.* It holds {name}"): open_source(params(tmp_path))
+
 def test_zip_replaced_while_the_kernel_runs(tmp_path):
     file = zipped(tmp_path/"data.zip", tiles(10))
     assert len(open_source(params(file)).records) == 20
@@ -361,7 +678,7 @@ def test_bad_image_is_named_and_nothing_is_overwritten(tmp_path, kind, pack):
     good = put(tmp_path/"good", tiles(10))
     before = prepare(open_source(params(good)), tmp_path/"prepared", params(good)).manifest
     bad = pack(tmp_path/"bad.zip", {**tiles(10), "b/bad.png":bad_files()[kind]})
-    with pytest.raises(ValueError, match="b/bad.png: truncated, or not an image"): prepare(open_source(params(bad)), tmp_path/"prepared", params(bad))
+    with pytest.raises(ValueError, match="b/bad.png: (truncated, or not an image|more than 8 bits)"): prepare(open_source(params(bad)), tmp_path/"prepared", params(bad))
     after = TileStore(tmp_path/"prepared")
     assert after.manifest == before and sha256(tmp_path/"prepared/tiles.npy") == before["sha256"]["tiles.npy"]
     assert {p.name for p in tmp_path.iterdir()} == {"good", "prepared", "bad.zip"}
@@ -538,9 +855,42 @@ def test_store_damaged(store, tmp_path):
     put(tmp_path/"a", {**files, "tiles.npy":files["tiles.npy"][:-1000]})
     with pytest.raises(ValueError, match="tiles.npy: truncated"): TileStore(tmp_path/"a")
     put(tmp_path/"b", {**files, "table.csv":files["table.csv"].rsplit(b"\n", 2)[0]})
-    with pytest.raises(ValueError, match="300 tiles but 299 rows"): TileStore(tmp_path/"b")
+    with pytest.raises(ValueError, match="table.csv: not as it was written"): TileStore(tmp_path/"b")
     put(tmp_path/"c", {**files, "manifest.json":files["manifest.json"].replace(b'"tasks"', b'"other"')})
     with pytest.raises(ValueError, match="earlier version. Run the stage prepare again"): TileStore(tmp_path/"c")
+
+def store_faults():
+    def array(change): return lambda d: np.save(d/"tiles.npy", change(np.load(d/"tiles.npy")))
+    def text(file, a, b): return lambda d: (d/file).write_text((d/file).read_text().replace(a, b))
+    def byte(d):
+        with open(d/"tiles.npy", "r+b") as f: f.seek(9999); b = f.read(1); f.seek(9999); f.write(bytes([b[0] ^ 1]))
+    return {"other type": (array(lambda t: t.astype(np.int16)), "tiles.npy: int16"), "other shape": (array(lambda t: t[:, :10]), "tiles.npy: uint8 .300, 10, 20, 3."), "fewer": (array(lambda t: t[:-1]), "tiles.npy: uint8 .299"),
+            "objects": (lambda d: np.save(d/"tiles.npy", np.array([{}]), allow_pickle=True), "tiles.npy: truncated or damaged"), "classes": (text("manifest.json", '"a",', '"c",'), "manifest.json: not as it was written"),
+            "counts": (text("manifest.json", '"a": 50', '"a": 51'), "manifest.json: not as it was written"), "notes": (text("manifest.json", '"notes": []', '"notes": ["x"]'), "manifest.json: not as"), "no json": (text("manifest.json", "{", "["), "manifest.json: damaged"),
+            "table": (text("table.csv", "0.png,a", "0.png,b"), "table.csv: not as it was written"), "hash of the table": (lambda d: (text("table.csv", "0.png,a", "0.png,b")(d), text("manifest.json", sha256(d/"table.csv"), "0"*64)(d)), "table.csv: not as"),
+            "earlier": (lambda d: (d/"manifest.json").write_text(json.dumps({**json.loads((d/"manifest.json").read_text()), "sha256":{"tiles.npy":"", "table.csv":""}})), "earlier version. Run the stage prepare again"), "a byte": (byte, None)}
+
+@pytest.mark.parametrize("kind", store_faults())
+def test_store_knows_what_it_was_written_with(store, tmp_path, kind):
+    change, message = store_faults()[kind]
+    put(tmp_path, {p.name: p.read_bytes() for p in store.folder.iterdir()})
+    assert TileStore(tmp_path).verify() is True
+    change(tmp_path)
+    if message:
+        with pytest.raises(ValueError, match=message): TileStore(tmp_path)
+    else:
+        assert TileStore(tmp_path).verify(max_bytes=1000) is False
+        with pytest.raises(ValueError, match="tiles.npy: not as it was written, its hash is another. Run the stage prepare again"): TileStore(tmp_path).verify()
+
+def test_what_a_killed_prepare_left_is_cleared(tmp_path):
+    "A folder half written by a process that is no more, and an earlier store that was moved aside; what a live process writes stays."
+    source, _ = noise_source(30)
+    prepare(source, tmp_path/"out", params("x", image_size=20))
+    dead = next(p for p in range(4_000_000, 5_000_000) if not os.path.exists(f"/proc/{p}"))
+    (tmp_path/"out").rename(tmp_path/".out.old"); (tmp_path/f".out.{dead}.part").mkdir(); (tmp_path/".out.1.part").mkdir()
+    bad = replace(source, records=[replace(r, read=broken_read) if i == 7 else r for i, r in enumerate(source.records)])
+    with pytest.raises(ValueError, match="777.png: truncated"): prepare(bad, tmp_path/"out", params("x", image_size=20))
+    assert {p.name for p in tmp_path.iterdir()} == {"out", ".out.1.part"} and TileStore(tmp_path/"out").verify()
 
 def test_contact_sheet(sample):
     import matplotlib.pyplot as plt

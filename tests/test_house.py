@@ -11,13 +11,13 @@ from sdmae.pipeline import __main__ as command_line
 from sdmae.pipeline.__main__ import main
 from sdmae.pipeline.code import imported, imports_of, read_notebook, source, write_notebook
 from sdmae.pipeline.pages import html, readme, rebase
-from sdmae.pipeline.plan import NOTEBOOKS as STAGES
+from sdmae.pipeline.plan import STAGES
 from sdmae.pipeline.run import NotebookFailed, check_parameters, defaults, run, strip
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 PIPELINE = sorted((ROOT/"nbs"/"pipeline").glob("[0-9]*.ipynb"))
-ORDER = ["params", "files", "made", "data", "sources", "sample", "views", "models", "methods", "train", "evaluate", "report", "pipeline"]
+ORDER = ["params", "files", "processes", "made", "data", "sources", "sample", "views", "models", "methods", "train", "evaluate", "report", "pipeline"]
 
 name = lambda p: str(p.relative_to(ROOT/"nbs"))
 
@@ -230,9 +230,22 @@ def test_a_failing_run_keeps_the_earlier_notebook(tmp_path):
     assert out.read_bytes() == before
 
 
-def test_a_killed_kernel_is_said(tmp_path):
-    write_notebook(nb(("n = 0", ["parameters"]), ("import os\nos.kill(os.getpid(), 9)", [])), tmp_path/"a.ipynb")
-    with pytest.raises(NotebookFailed, match="out of memory"): run(tmp_path/"a.ipynb", tmp_path/"out.ipynb")
+@pytest.mark.parametrize("code, message", [
+    ("os.kill(os.getpid(), 9)", "killed by SIGKILL .mostly the system does this when memory runs out.*without a last word"),
+    ("import ctypes; ctypes.string_at(0)", "killed by SIGSEGV .a fault in a library.*ctypes"),
+    ("os.write(2, b'the last words'); os._exit(3)", "exit code 3. It said:\nthe last words")])
+def test_a_kernel_that_dies_is_told_by_how_it_died(code, message, tmp_path):
+    write_notebook(nb(("n = 0", ["parameters"]), (f"import os\n{code}", [])), tmp_path/"a.ipynb")
+    with pytest.raises(NotebookFailed, match=f"(?s){message}"): run(tmp_path/"a.ipynb", tmp_path/"out.ipynb")
+
+
+def test_the_kernel_is_the_interpreter_of_the_stage(tmp_path, monkeypatch):
+    "Whatever a module system calls python3."
+    kernel = tmp_path/"jupyter"/"kernels"/"python3"; kernel.mkdir(parents=True)
+    (kernel/"kernel.json").write_text(json.dumps(dict(argv=["/bin/false", "-f", "{connection_file}"], display_name="module", language="python")))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path/"jupyter"))
+    write_notebook(nb(("n = 0", ["parameters"]), ("import sys\nsys.executable", [])), tmp_path/"a.ipynb")
+    assert sys.executable in json.dumps(read_notebook(run(tmp_path/"a.ipynb", tmp_path/"out.ipynb")))
 
 
 def test_progress_is_streamed_and_kept_short(tmp_path, capsys):

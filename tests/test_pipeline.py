@@ -1,12 +1,14 @@
 """The whole pipeline on a tiny configuration, in a clone of the project: what it leaves, what one adds, what stops it."""
-import json, re, shutil, subprocess, sys
+import json, re, shutil, subprocess, sys, time
 
 import pandas as pd
+import psutil
 import pytest
 
 from sdmae.params import eval_of, run_of
 from sdmae.pipeline.code import read_notebook, source, write_notebook
-from tiny import ENV, TINY, contents, edit_params, params, repro, sh
+from sdmae.train.checkpoint import read_checkpoint
+from tiny import ENV, TINY, contents, edit_params, params, repro, saved, sh
 
 # What it leaves
 
@@ -62,6 +64,61 @@ def test_executed_notebooks_have_their_prose(work):
     for path in sorted((work/"runs").glob("*/*/notebook.ipynb")):
         cells = read_notebook(path)["cells"]
         assert cells[0]["cell_type"] == "markdown" and any(c.get("execution_count") for c in cells), path
+
+
+def test_results_say_what_made_them(work):
+    "Parameters, data, code, commit, device, threads, precision, versions; and the report says it of them, not of itself."
+    made, scored = (json.loads((work/o).read_text()) for o in (f"{run_of('tissue', 'mae', 0)}/made.json", f"{eval_of('tissue', 'probe', 'tissue', 'mae', 0)}/scores.json"))
+    for o in (made, scored["made"]):
+        assert o["precision"] == "float32" and o["threads"] == 1 and o["versions"]["torch"] and o["commit"] and "CPU" in o["device"] and o["of"]["store"] and o["of"]["code"]
+    assert made["of"]["pretrain"]["epochs"] == 1 and scored["made"]["of"]["recipe"]["subsets"] == 2 and len(scored["made"]["encoder"]) == 64
+    page = (work/"reports"/"tissue"/"index.html").read_text()
+    assert "was made of something else" not in page and "results differ" not in page and "float32" in page and "1 thread" in page
+
+
+# What goes wrong on the way
+
+def test_killing_dvc_ends_its_training_and_loses_nothing(work):
+    "DVC alone is killed: what it started ends, and the same command goes on where the training was."
+    edit_params(work, pretrain__tissue__epochs=150, pretrain__tissue__checkpoint_minutes=0, pretrain__tissue__watch_every=150)
+    sh(work, "dvc", "repro", "plan")
+    command, folder = ["dvc", "repro", "--single-item", "pretrain@tissue-mae-0"], work/"checkpoints"/run_of("tissue", "mae", 0)
+    p = subprocess.Popen(command, cwd=work, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(folder.glob("*.before")): assert p.poll() is None; time.sleep(0.05)
+    started = psutil.Process(p.pid).children(recursive=True)
+    p.kill(); p.wait()
+    assert len(started) >= 2 and psutil.wait_procs(started, timeout=15)[1] == []
+    reached = read_checkpoint(next(folder.glob("*.pt")))["step"]
+    sh(work, *command)
+    assert 0 < reached < 300 and read_checkpoint(next(folder.glob("*.pt")))["step"] == 300
+    assert len(pd.read_csv(work/run_of("tissue", "mae", 0)/"live"/"plots"/"metrics"/"loss.tsv", sep="\t")) == 150
+
+
+def test_what_fails_after_the_training_costs_no_step(work):
+    "A cell at the end fails; then it does not. The checkpoint goes with the report, when DVC has the result."
+    saved(work/"nbs"/"pipeline"/"20_pretrain.ipynb", code="assert not Path('build/broken').exists(), 'a plot fails'")
+    edit_params(work, encoder__mae__mask_ratio=0.6)
+    (work/"build"/"broken").write_text("")
+    assert "a plot fails" in sh(work, "dvc", "repro", "pretrain@tissue-mae-0", fails=True)
+    complete = max((work/"checkpoints"/run_of("tissue", "mae", 0)).glob("*.pt"), key=lambda p: p.stat().st_mtime_ns)
+    written = complete.stat().st_mtime_ns
+    (work/"build"/"broken").unlink()
+    sh(work, "dvc", "repro", "pretrain@tissue-mae-0")
+    assert complete.stat().st_mtime_ns == written and (work/run_of("tissue", "mae", 0)/"encoder"/"encoder.safetensors").is_file()
+    sh(work, "dvc", "repro", "--single-item", "--force", "report@tissue")
+    assert not complete.exists()
+
+
+def test_the_doctor_finds_what_is_damaged(work):
+    "A finished pipeline is well; a byte of the store, of a score and of a parameter is named with what to do."
+    clean = subprocess.run([sys.executable, "-m", "sdmae.doctor"], cwd=work, env=ENV, capture_output=True, text=True)
+    assert "encoders can be read" in clean.stdout and not re.search("!!  (?!memory|disk)", clean.stdout), clean.stdout + clean.stderr
+    for name in ("stores/tissue/tiles.npy", "evals/tissue/tissue/probe/mae-0/scores.json"):
+        data = bytearray((work/name).read_bytes()); data[-1] ^= 1
+        (work/name).unlink(); (work/name).write_bytes(data)
+    sick = subprocess.run([sys.executable, "-m", "sdmae.doctor"], cwd=work, env=ENV, capture_output=True, text=True)
+    assert sick.returncode == 1 and re.search(r"!!  stores/tissue: .*tiles.npy.*\n +→ dvc repro", sick.stdout) and "!!  evals/tissue/tissue/probe/mae-0/scores.json" in sick.stdout, sick.stdout
+    (work/"stores"/"tissue"/"tiles.npy").unlink(); (work/"evals"/"tissue"/"tissue"/"probe"/"mae-0"/"scores.json").unlink()
 
 
 # What it fetches

@@ -188,6 +188,7 @@ def test_fewer_labels_and_protocols_are_kept_apart(tmp_path):
     assert found.runs("knn", 100, "my-net")[3, 0] == pytest.approx(p) and found.runs("linear", "all", "mae") == {}
 
 
+UNDER = pv.circumstances_of({"MAE": made.circumstances("cpu")})
 MANIFEST = dict(name="two stains", synthetic=True, classes=["a","b"], image_size=64, counts={"train": {"a": 1200, "b": 34}, "test": {"a": 5, "b": 0}})
 
 
@@ -204,12 +205,12 @@ def test_provenance_knows_a_changed_commit(tmp_path):
 
 
 def test_provenance_says_what_made_the_numbers(tmp_path):
-    facts = pv.provenance(MANIFEST, {"pre-training": "40 epochs"}, [0, 1], tmp_path, "cpu", groups=np.array(["s1","s1","s2"]))
+    facts = pv.provenance(MANIFEST, {"pre-training": "40 epochs"}, [0, 1], UNDER, groups=np.array(["s1","s1","s2"]))
     assert facts["data"] == "two stains (synthetic sample)" and facts["synthetic"].startswith("yes")
     assert facts["train"] == "1,234 tiles in 2 classes" and facts["test"] == "5 tiles in 1 classes"
     assert facts["seeds"] == "2 (0, 1)" and "2 patients or slides" in facts["intervals"] and facts["pre-training"] == "40 epochs"
     assert f"torch {torch.__version__.split('+')[0]}" in facts["versions"] and "CPU" in facts["device"]
-    real = pv.provenance(MANIFEST | {"synthetic": False}, {}, [0], tmp_path, "cpu")
+    real = pv.provenance(MANIFEST | {"synthetic": False}, {}, [0], UNDER)
     assert real["data"] == "two stains" and real["synthetic"] == "no"
 
 
@@ -217,7 +218,7 @@ def test_written_tables_all_name_the_data(tmp_path):
     write_scores(tmp_path, "probe-mae-0"); write_scores(tmp_path, "probe-sdmae-0")
     t, p = toy(1.)
     for e in ("mae-0","sdmae-0"): write_predictions(tmp_path/"x", f"probe-{e}", p, t)
-    facts = pv.provenance(MANIFEST, {}, [0], tmp_path, "cpu")
+    facts = pv.provenance(MANIFEST, {}, [0], UNDER)
     paths = tb.write_tables(rd.collect(tmp_path, "label"), tmp_path/"out", facts["data"], tb.paired_table(rd.read_predictions(tmp_path/"x", "label"), "sdmae", "mae", n=20, names=PLAIN), facts, names=PLAIN)
     assert sorted(p.name for p in paths) == sorted(p.name for p in (tmp_path/"out").iterdir()) and len(paths) == 5
     for path in paths: assert "synthetic sample" in path.read_text()
@@ -439,7 +440,7 @@ def test_written_tables_hold_the_further_ones(campaign, tmp_path):
 
 
 def test_one_slide_is_said(tmp_path):
-    facts = pv.provenance(MANIFEST, {}, [0], tmp_path, "cpu", groups=np.array(["s1"]*5))
+    facts = pv.provenance(MANIFEST, {}, [0], UNDER, groups=np.array(["s1"]*5))
     assert "all of one patient or slide" in facts["intervals"]
 
 

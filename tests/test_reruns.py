@@ -125,3 +125,14 @@ def test_a_new_encoder_runs_its_own_stages(work):
     sh(work, "dvc", "repro", "plan")
     changed = json.loads(subprocess.run(["dvc", "status", "--json"], cwd=work, env=ENV, capture_output=True, text=True, check=True).stdout)
     assert {o for o in changed if "mae75" not in o} <= {"report@tissue"} and "pretrain@tissue-mae75-0" in changed
+
+
+# What it says of results that are older than the parameters
+
+def test_a_report_of_results_that_other_parameters_made(work):
+    "It shows the numbers of then, their budget, and what would be otherwise today."
+    edit_params(work, pretrain__tissue__epochs=2, task__tissue__target="label", probe__few__subsets=3)
+    sh(work, "dvc", "repro", "--single-item", "--force", "report@tissue")
+    page = (work/"reports"/"tissue"/"index.html").read_text()
+    assert page.count("was made of something else than parameters, data and code say now") >= 2
+    assert "pretrain.epochs: 1 → 2" in page and "recipe.subsets: 2 → 3" in page and re.search(r"1 epochs of \d+ images", page) and "2 epochs of" not in page

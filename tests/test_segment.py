@@ -12,7 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF, InterpolationMode
 
-from sdmae.sources.masks import Pair, decode_mask, instances, read_pairs, split_by_group, toy_nuclei
+from sdmae.sources.masks import Pair, decode_mask, instances, load_pairs, pair_notes, read_pairs, save_pairs, split_by_group, toy_nuclei
 from sdmae.evaluate.segment import (STRIDES, Segmenter, SegmentViews, Windows, crop_nearest, fit_segmenter, lift, mirrored, overlaps,
                                     pixel_cells, predict_masks, segment_encoder, segment_groups, segment_scores, sliding, starts)
 from sdmae.evaluate.statistics import draw_weights
@@ -128,6 +128,98 @@ def test_faulty_sets(tmp_path, change, group, message, packed):
     contents = change(files(4))
     place = zipped(tmp_path/"set.zip", contents) if packed else put(tmp_path/"set", contents)
     with pytest.raises(ValueError, match=message): read_pairs(place, group)
+
+def exif(turn):
+    e = Image.Exif(); e[0x112] = turn
+    return e
+
+def written(array, form="PNG", mode=None, **kwargs):
+    b, im = io.BytesIO(), Image.fromarray(np.asarray(array))
+    (im.convert(mode) if mode else im).save(b, form, **kwargs)
+    return b.getvalue()
+
+def palette(*colours):
+    im = Image.fromarray(np.uint8([[0, 1, 2]])); im.putpalette(sum(colours, []))
+    b = io.BytesIO(); im.save(b, "PNG")
+    return b.getvalue()
+
+BINARY = np.uint8([[0, 255, 0], [0, 0, 255]])
+
+@pytest.mark.parametrize("data, expected", [
+    (written(BINARY, exif=exif(6)), np.rot90(BINARY, -1)), (written(BINARY, "TIFF", exif=exif(3)), BINARY[::-1, ::-1]), (palette([0, 0, 0], [255, 0, 0], [0, 255, 0]), [[0, 1, 2]]),
+    (written(BINARY, transparency=0), BINARY), (written(BINARY.astype(np.uint16)*257), BINARY.astype(int)*257), (written(BINARY.astype(np.uint16)*257, "TIFF"), BINARY.astype(int)*257)])
+def test_more_forms_of_masks(data, expected):
+    np.testing.assert_array_equal(decode_mask(data, "a"), expected)
+
+@pytest.mark.parametrize("data, message", [
+    (written(BINARY, mode="RGBA"), "one channel of whole numbers, this image is of type RGBA"), (written(BINARY, mode="LA"), "type LA"), (written(BINARY, mode="RGB"), "type RGB"),
+    (palette([255, 255, 255], [0, 0, 0], [9, 9, 9]), "a palette whose number 0 is not black"), (written(BINARY, "TIFF", save_all=True, append_images=[Image.fromarray(BINARY)]), "several pages"), (b"", "truncated")])
+def test_more_faulty_masks(data, message):
+    with pytest.raises(ValueError, match=f"^masks/a.png: .*{message}"): decode_mask(data, "masks/a.png")
+
+def renamed(contents, old, new): return {k.replace(old, new): v for k, v in contents.items()}
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: renamed(c, "masks/A_0.png", "masks/A_0_mask.png"), r"images/A_0\.png has no mask.*\(1 such files\). The nearest is .*masks/A_0_mask\.png"), (lambda c: renamed(c, "masks/", "instances/"), "has no mask.*There are folders images, instances"),
+    (lambda c: renamed(c, "images/", "Images/"), "no image below a folder images/.*There are folders Images, masks"), (lambda c: c | {"masks/A_0.png": written(np.zeros((32, 32), np.uint8), exif=exif(3))}, r"stored turned in different ways .EXIF orientation 1 and 3"),
+    (lambda c: renamed(c, "masks/A_0.png", "masks/a_0.png"), r"images/A_0\.png has no mask.*nearest is .*masks/a_0\.png"), (lambda c: c | {"masks/A_0.tif": written(np.zeros((32, 32), np.uint8), "TIFF")}, r"A_0\.(png|tif) and .*A_0\.(png|tif) have the same name")])
+def test_sets_that_do_not_meet(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message): read_pairs(put(tmp_path, change(files(4))), GROUP)
+
+def test_images_and_masks_turned_alike(tmp_path):
+    image, mask = toy_nuclei(0, 32, 4)
+    pairs = read_pairs(put(tmp_path, {"images/A_0.png": written(image[:20], exif=exif(6)), "masks/A_0.png": written((mask[:20] > 0)*np.uint8(255), exif=exif(6))}), GROUP)
+    np.testing.assert_array_equal(pairs[0].read_mask(), np.rot90((mask[:20] > 0)*255, -1))
+
+def test_names_in_two_forms_of_unicode(tmp_path):
+    image, mask = toy_nuclei(0, 32, 4)
+    contents = {"images/Gro\u00df\u00e9_0.png": encoded(image), "masks/Gro\u00dfe\u0301_0.png": encoded((mask > 0)*np.uint8(255)), "images/ Gro\u00df\u00e9 _1.png": encoded(image.T.copy().T[::-1]), "masks/ Gro\u00df\u00e9 _1.png": encoded((mask > 0)*np.uint8(255))}
+    for place in (put(tmp_path/"a", contents), zipped(tmp_path/"a.zip", contents)): assert {p.slide for p in read_pairs(place, GROUP)} == {"Gro\u00df\u00e9"}
+
+def test_what_is_not_read_is_counted(tmp_path):
+    contents = files(6, slides=("A1", "a1", "B-1", "B  01", "C", "D"))
+    place = put(tmp_path, contents | {"overlays/A_0.png": b"", "README": b"", "images/A1_0.json": b"", "index.csv": b""})
+    assert pair_notes(place, read_pairs(place, GROUP)) == ["4 files were not read: README, images/A1_0.json, index.csv, overlays/A_0.png",
+        "warning: slides that may be the same: 'A1' and 'a1', 'B 01' and 'B-1'"]
+    place = put(tmp_path/"b", files(6, slides=("P1", "P10", "P2", "10", "100")))
+    assert pair_notes(place, read_pairs(place, GROUP)) == []
+
+@pytest.mark.parametrize("turn", [lambda o: o, np.rot90, lambda o: o[::-1], lambda o: o.transpose(1, 0, 2), lambda o: np.rot90(o[:, ::-1], 3)])
+def test_one_image_on_two_slides(tmp_path, turn):
+    "In any turn or flip, and whatever the file is: the pixels tell."
+    contents = files(4, slides="AB")
+    copy = turn(np.asarray(Image.open(io.BytesIO(contents["images/A_0.png"]))))
+    place = put(tmp_path/"set", renamed(contents | {"images/B_1.png": encoded(copy, "BMP")}, "images/B_1.png", "images/B_1.bmp"))
+    with pytest.raises(ValueError, match="images A_0 and B_1 are the same, on slides A and B: what was trained would be tested"): save_pairs(read_pairs(place, GROUP), tmp_path/"out", "x")
+    assert not (tmp_path/"out").exists()
+    save_pairs(read_pairs(place, "(_)"), tmp_path/"out", "x") # all of one slide
+    assert json.loads((tmp_path/"out"/"manifest.json").read_text())["notes"] == ["warning: 1 images are copies of another one on their slide"]
+
+def test_blank_images_are_no_copies(tmp_path):
+    blank = encoded(np.full((32, 32, 3), 240, np.uint8))
+    place = put(tmp_path/"set", files(4, slides="AB") | {"images/A_0.png": blank, "images/B_1.png": blank, "masks/A_0.png": encoded(np.zeros((32, 32), np.uint8))})
+    save_pairs(read_pairs(place, GROUP), tmp_path/"out", "x", ["told"])
+    assert json.loads((tmp_path/"out"/"manifest.json").read_text())["notes"] == ["told", "1 of 4 masks have no nucleus, the first is A_0"]
+
+@pytest.mark.parametrize("value, what", [(0, "nucleus"), (255, "background")])
+def test_masks_that_say_nothing(tmp_path, value, what):
+    place = put(tmp_path, {k: encoded(np.full((32, 32), value, np.uint8)) if "masks" in k else v for k, v in files(4).items()})
+    with pytest.raises(ValueError, match=f"none of 4 masks has a {what}, A_0 for one"): save_pairs(read_pairs(place, GROUP), tmp_path/"out", "x")
+
+def flipped(path, at=-200):
+    data = bytearray(path.read_bytes()); data[at] ^= 1
+    path.write_bytes(data)
+
+@pytest.mark.parametrize("damage, error, message", [
+    (lambda o: flipped(o/"images.npz"), ValueError, "images.npz is not as it was written"), (lambda o: flipped(o/"table.csv", -3), ValueError, "table.csv is not as it was written"), (lambda o: (o/"table.csv").unlink(), FileNotFoundError, "table.csv is missing"),
+    (lambda o: (o/"manifest.json").write_text("{"), ValueError, "manifest.json: damaged"), (lambda o: (o/"manifest.json").write_text('{"sha256": "x", "name": "x"}'), ValueError, "not as it was written"),
+    (lambda o: (o/"manifest.json").write_text("{}"), ValueError, "of an earlier version. Run the stage prepare again"), (lambda o: shutil.rmtree(o), FileNotFoundError, "holds no prepared images")])
+def test_a_prepared_set_that_changed(tmp_path, damage, error, message):
+    place = put(tmp_path/"set", files(4, slides=("NA", "B")))
+    save_pairs(read_pairs(place, GROUP), tmp_path/"out", "x"); save_pairs(read_pairs(place, GROUP), tmp_path/"out", "x")
+    assert [p.slide for p in load_pairs(tmp_path/"out")] == ["B", "B", "NA", "NA"] and {p.name for p in tmp_path.iterdir()} == {"set", "out"}
+    damage(tmp_path/"out")
+    with pytest.raises(error, match=message): load_pairs(tmp_path/"out")
 
 def test_nothing_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="change the data"): read_pairs(tmp_path/"none.zip", GROUP)
@@ -440,7 +532,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(engine.Trainer.__init__, "__defaults__", tuple(0. if v == 2. else v for v in engine.Trainer.__init__.__defaults__)) # a checkpoint after every step
     with pytest.raises(Stop): fit(checkpoint=file, callbacks=(StopAfter(3),))
     assert file.exists()
-    assert [r["loss"] for r in fit(checkpoint=file)] == [r["loss"] for r in whole] and not file.exists()
+    assert [r["loss"] for r in fit(checkpoint=file)] == [r["loss"] for r in whole] and file.exists()
 
 def test_the_stage(saved, tmp_path, request):
     "The notebook on a small set: what it scores is what it kept, and test slides are never trained on."

@@ -179,7 +179,7 @@ def test_training_goes_on_in_the_middle_of_an_epoch(shards, tmp_path):
     assert resumed.steps == 40-27 and torch.equal(resumed.w, whole.w)
 
 def test_a_memory_map_trains_as_a_resident_store(tmp_path):
-    source = Source("test", [r for s in ("train","valid","test") for r in records(noise(40), s)], ["a","b"], False, [])
+    source = Source("test", [r for k, s in enumerate(("train","valid","test")) for r in records(noise(40, seed=k), s)], ["a","b"], False, [])
     store = prepare(source, tmp_path/"store", DataParams(name="test", adapter="folder", path="x", image_size=16))
     def fit(max_bytes):
         model, batches = Slope(), Batches(store.to("cpu", max_bytes), store.indices("train"), 8)
@@ -257,6 +257,24 @@ def test_tars_that_the_index_does_not_know(fresh):
     np.save(fresh.folder/"index.npy", fresh.table[:5])
     with pytest.raises(ValueError, match="do not belong together"): Shards(fresh.folder)
 
+def index_faults():
+    def text(a, b): return lambda d: (d/"index.json").write_text((d/"index.json").read_text().replace(a, b))
+    return {"images": (text('"images": 12', '"images": 11'), "index.json: not as it was written"), "bytes": (text('"bytes": ', '"bytes": 1'), "index.json: not as it was"), "no json": (text("{", "["), "index.json: damaged"),
+            "earlier": (lambda d: (d/"index.json").write_text(json.dumps({**json.loads((d/"index.json").read_text()), "sha256":"0"})), "earlier version. Index the folder again"),
+            "objects": (lambda d: np.save(d/"index.npy", np.array([{}]), allow_pickle=True), "do not belong together"), "an offset": (lambda d: np.save(d/"index.npy", np.load(d/"index.npy") + 1), "do not belong together")}
+
+@pytest.mark.parametrize("kind", index_faults())
+def test_an_index_knows_what_it_was_written_with(fresh, kind):
+    change, message = index_faults()[kind]
+    change(fresh.folder)
+    with pytest.raises(ValueError, match=f"{message}|{message}.*Index the folder again"): Shards(fresh.folder)
+
+def test_a_changed_byte_is_found_by_verify(fresh):
+    assert fresh.verify() and not fresh.verify(max_bytes=1000)
+    data = bytearray(fresh.files[1].read_bytes()); data[700] ^= 1; fresh.files[1].write_bytes(data)
+    with pytest.raises(ValueError, match="000001.tar: not as it was indexed"): Shards(fresh.folder).verify()
+    index_shards(fresh.folder).verify()
+
 def test_truncated_while_open(fresh):
     fresh.files[0].write_bytes(fresh.files[0].read_bytes()[:600])
     with pytest.raises(ValueError, match="000000.tar: truncated since it was indexed"): ShardBatches(fresh, 16, 12).batch(0, 0)
@@ -283,7 +301,7 @@ def test_batches_that_cannot_be(shards):
 # The command
 
 def test_the_command(tmp_path, capsys):
-    source = Source("test", [r for s in ("train","valid","test") for r in records(noise(6), s)], ["a","b"], False, [])
+    source = Source("test", [r for k, s in enumerate(("train","valid","test")) for r in records(noise(6, seed=k), s)], ["a","b"], False, [])
     prepare(source, tmp_path/"store", DataParams(name="test", adapter="folder", path="x", image_size=16))
     assert main(["write", str(tmp_path/"store"), str(tmp_path/"set"), "--format", "png", "--split", "test"]) == 0
     assert main(["index", str(tmp_path/"set")]) == 0

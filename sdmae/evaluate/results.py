@@ -6,10 +6,10 @@
 __all__ = ['Task', 'scored', 'save_scores', 'scores_table']
 
 # %% ../../nbs/evaluate/results.ipynb #n002
-import json
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..data.store import TileStore
+from ..files import write_json
 from .statistics import LabelScores, WeightedScores, as_released, bootstrap, bootstrap_units, scores
 
 # %% ../../nbs/evaluate/results.ipynb #n005
@@ -50,11 +50,10 @@ def scored(
 def save_scores(
     results:dict,     # protocol → labels → entry or entries
     out:str|Path,     # folder
-    **facts           # study, protocol, task, encoder, seed
+    **facts           # study, protocol, task, encoder, seed, and `made`: of what, and under which circumstances
 ):
     "Write `scores.json`."
-    Path(out).mkdir(parents=True, exist_ok=True)
-    (Path(out)/"scores.json").write_text(json.dumps(facts | dict(results=results), indent=1))
+    write_json(Path(out)/"scores.json", facts | dict(results=results))
 
 # %% ../../nbs/evaluate/results.ipynb #s000
 def scores_table(results:dict)->pd.DataFrame:

@@ -10,6 +10,8 @@ __all__ = ['STAGES', 'need', 'prepare', 'pretrain', 'config_of', 'applies', 'eva
 import argparse, json, subprocess, sys
 from ..params import eval_of, load_params, project_root, run_of, store_of
 from ..methods.registry import PROBED_ONLY
+from ..files import Busy, write_json
+from ..processes import callers, end_with
 from .run import NotebookFailed, parse_value, run
 
 # %% ../../nbs/pipeline/main.ipynb #n005
@@ -66,19 +68,19 @@ def evaluate(study:str, protocol:str, task:str, encoder:str, seed:int):
 # %% ../../nbs/pipeline/main.ipynb #s003
 def leave_nothing(out:str, **facts):
     "Scores of a protocol that does not apply: none."
-    folder = project_root()/out
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder/"scores.json").write_text(json.dumps(facts | dict(results={}), indent=1))
+    write_json(project_root()/out/"scores.json", facts | dict(results={}))
 
 # %% ../../nbs/pipeline/main.ipynb #n009
 def report(study:str):
     "Tables, figures and page of one comparison."
     from sdmae.pipeline.pages import html
+    from sdmae.pipeline.sweep import sweep
     P, out = load_params(), f"reports/{study}"
     need(*{store_of(P.tasks[t].data) for t in P.compare[study].tasks}, f"runs/{study}", f"evals/{study}")
     run("build/notebooks/report.ipynb", f"{out}/notebook.ipynb",
         dict(params="params.yaml", study=study, out=out, metrics=f"metrics/{study}"))
     html(project_root()/out/"notebook.ipynb", project_root()/out/"index.html", title=P.compare[study].title)
+    sweep()
 
 # %% ../../nbs/pipeline/main.ipynb #n011
 STAGES = dict(prepare=(prepare, ("data",)), pretrain=(pretrain, ("study", "encoder", "seed")),
@@ -125,8 +127,9 @@ def main(
     args:list[str]=None # by default the command line
 )->int:                 # exit code
     "Do one command."
+    end_with(callers())
     try: code = do(arguments().parse_args(args))
-    except (NotebookFailed, ValueError, FileNotFoundError) as e:
+    except (NotebookFailed, ValueError, FileNotFoundError, Busy) as e:
         print(f"\n{e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

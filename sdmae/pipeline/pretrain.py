@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['run_config', 'made_of', 'feature_watch', 'process_group', 'make_batches', 'make_trainer', 'save_run', 'build',
-           'answers', 'train', 'pretrain', 'num_processes', 'launch', 'first_error', 'arguments', 'end_with_torchrun',
-           'main']
+           'answers', 'train', 'pretrain', 'num_processes', 'launch', 'first_error', 'arguments', 'main']
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c002
-import argparse, ctypes, json, os, signal, subprocess, sys, tempfile, time
+import argparse, json, os, subprocess, sys, tempfile
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-import numpy as np
-import torch
-import torch.distributed as dist
+import numpy as np, torch, torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from ..params import Params, load_params, project_root, run_of, store_of
+from ..files import Busy, whole, write_json
+from ..made import circumstances
+from ..processes import callers, end_with
 from ..data.store import TileStore
 from ..data.shards import ShardBatches, Shards
 from ..views.augment import MEAN, STD
@@ -24,16 +24,17 @@ from ..views.draws import rank_and_world
 from ..models.encoders import save_encoder
 from ..models.vit import compile_blocks
 from ..models.start import start_from
-from ..methods.registry import METHODS, method_class, method_of, method_params
+from ..methods.registry import method_class, method_of, method_params
 from ..train.batches import Batches
 from ..train.engine import Trainer, pick_device, pick_precision
-from ..train.checkpoint import fingerprint
+from ..train.checkpoint import checkpoint_of
 from ..train.monitor import LiveLog, Watch, Reconstructions, rankme, warnings_of, save_pictures
 from ..evaluate.features import extract
 from ..evaluate.finetune import balance
 from ..evaluate.knn import knn_probabilities
 from ..evaluate.statistics import scores
-from .code import code_hashes, code_of
+from .code import code_hashes
+from .ingredients import code_of_encoder, made_of_encoder, store_hash
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c005
 def run_config(
@@ -55,9 +56,8 @@ def made_of(
     config:dict # of the run
 )->dict:        # plain values
     "What a checkpoint has to agree with: configuration, code, torch."
-    method = f"sdmae.methods.{METHODS[config['method']].split(':')[0]}"
-    code = code_of("sdmae.train.engine", "sdmae.data.store", "sdmae.data.shards", method)
-    return dict(config=config, code=code | code_hashes(["sdmae/pipeline/pretrain.py"], project_root()), torch=torch.__version__)
+    code = code_of_encoder(config["method"]) | code_hashes(["sdmae/pipeline/pretrain.py"], project_root())
+    return dict(config=config, code=code, torch=torch.__version__)
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c007
 def feature_watch(
@@ -100,13 +100,13 @@ def make_trainer(
     P:Params, name:str, seed:int,
     model, store:TileStore, config:dict,
     device:torch.device, precision:torch.dtype|None,
-    callbacks:tuple
+    callbacks:tuple,
+    out:Path # of the run
 )->Trainer:
-    "The engine with what a pre-training needs; its checkpoint is found by `config`."
+    "The engine with what a pre-training needs; its checkpoint is found by `out` and `config`."
     p = P.encoders[name].pretrain
     return Trainer(model, make_batches(P, name, seed, model, store, device), method_params(P, name).optim, p.epochs, device, precision,
-                   p.accumulate, callbacks=callbacks, desc=f"pre-training {name}, seed {seed}",
-                   checkpoint=project_root()/"checkpoints"/f"{name}-{seed}-{fingerprint(config)}.pt",
+                   p.accumulate, callbacks=callbacks, desc=f"pre-training {name}, seed {seed}", checkpoint=checkpoint_of(out, config),
                    checkpoint_minutes=p.checkpoint_minutes, made_of=made_of(config))
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c012
@@ -115,16 +115,15 @@ def save_run(
     config:dict,
     history:list,  # rows of numbers, an epoch each; empty without training
     pictures:dict, # epoch → pictures
-    minutes:float
+    **made         # what it was made of, and under which circumstances
 ):
-    "Write what a run leaves, with a note on how it went."
-    last = history[-1] if history else None
-    made = dict(torch=torch.__version__, num_processes=rank_and_world()[1],
-                images_per_s=float(np.median([r["images_per_s"] for r in history])) if history else None,
-                minutes=minutes, notes=warnings_of(last, model) if history else [], last=last)
-    save_encoder(out/"encoder", model.encoder, config)
-    save_pictures(out/"reconstructions.npz", pictures)
-    (out/"made.json").write_text(json.dumps(made, indent=1))
+    "Write what a run leaves, a piece after the other, each whole; `made.json`, with a note on how it went, is the last."
+    last, rates = history[-1] if history else None, [r["images_per_s"] for r in history]
+    made |= dict(images_per_s=float(np.median(rates)) if history else None,
+                 notes=warnings_of(last, model) if history else [], last=last)
+    with whole(out/"encoder") as part: save_encoder(part, model.encoder, config)
+    with whole(out/"reconstructions.npz") as part, open(part, "wb") as f: save_pictures(f, pictures)
+    write_json(out/"made.json", made)
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c013
 def build(
@@ -145,15 +144,17 @@ def answers(store:TileStore, section)->dict:
     return dict(n_classes=len(asked.classes), multi=asked.multi, weights=weights)
 
 # %% ../../nbs/pipeline/pretrain.ipynb #n004
-def train(P, name, seed, model, store, config, device, precision, live:Path)->tuple[list,dict]: # history, pictures by epoch
+def train(P, name, seed, model, store, config, device, precision, out:Path)->tuple[list,dict,float]: # history, pictures by epoch, minutes
     "Train to the end, watched and logged, with pictures where the method makes any."
     p = P.encoders[name].pretrain
     fixed = np.random.default_rng(0).permutation(store.indices("valid"))[:8]
     pictures, watch = Reconstructions(p.watch_every, store.batch(fixed)), Watch(p.watch_every, feature_watch(store, device, precision))
     if p.compile: compile_blocks(model)
     torch.manual_seed(seed)
-    trainer = make_trainer(P, name, seed, model, store, config, device, precision, (pictures, watch, LiveLog(live)))
-    return trainer.fit(), pictures.pictures
+    trainer = make_trainer(P, name, seed, model, store, config, device, precision, (pictures, watch, LiveLog(out/"live")), out)
+    history = trainer.fit()
+    an_epoch = len(trainer.batches)*trainer.batches.batch_size # images; a resumed run has no clock for what was before
+    return history, pictures.pictures, sum(an_epoch/r["images_per_s"] for r in history)/60
 
 # %% ../../nbs/pipeline/pretrain.ipynb #n005
 def pretrain(
@@ -165,17 +166,20 @@ def pretrain(
     tiles:str=""              # the prepared store; by default that of the encoder's data
 ):
     "Pre-train in this process, or in all that torchrun started. Raises `ValueError` naming the parameter or file that does not fit."
-    root, P, started = project_root(), load_params(params), time.time()
+    root, P = project_root(), load_params(params)
     e, out = P.encoders[encoder], root/(out or run_of(study, encoder, seed))
+    folder = root/(tiles or store_of(e.data))
     device = pick_device(P.device)
     precision = pick_precision(P.precision, device)
     with process_group(device):
-        store = TileStore(root/(tiles or store_of(e.data))).to(device)
+        store = TileStore(folder).to(device)
         model, config = build(P, encoder, seed, store, device), run_config(P, encoder, seed, store, device, precision)
         config |= getattr(model, "normalization", {}) # weights from elsewhere bring their own mean and std
-        history, pictures = [], {}
-        if e.pretrain: history, pictures = train(P, encoder, seed, model, store, config, device, precision, out/"live")
-        if rank_and_world()[0] == 0: save_run(out, model, config, history, pictures, (time.time()-started)/60)
+        history, pictures, minutes = [], {}, 0.
+        if e.pretrain: history, pictures, minutes = train(P, encoder, seed, model, store, config, device, precision, out)
+        rank, world = rank_and_world()
+        made = dict(of=made_of_encoder(P, encoder) | dict(store=store_hash(folder)), seed=seed, minutes=minutes)
+        if rank == 0: save_run(out, model, config, history, pictures, **made, **circumstances(device, precision, world))
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c017
 def num_processes(P:Params, name:str)->int:
@@ -224,20 +228,15 @@ def arguments():
     parser.add_argument("--out", default="", help="folder; runs/STUDY/ENCODER-SEED by default")
     return parser
 
-# %% ../../nbs/pipeline/pretrain.ipynb #c028
-def end_with_torchrun():
-    "On Linux the kernel ends this process when the torchrun that started it is killed."
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGTERM) # PR_SET_PDEATHSIG
-
 # %% ../../nbs/pipeline/pretrain.ipynb #c029
 @record # an error is written down for torchrun
 def main(
     argv:list[str]=None # by default the command line
 )->int:                 # exit code
     "Pre-train as the command line says."
-    end_with_torchrun()
+    end_with(callers())
     try: pretrain(**vars(arguments().parse_args(argv)))
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, FileNotFoundError, Busy) as e:
         if "RANK" in os.environ: raise
         print(e, file=sys.stderr); return 2
     return 0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RELEASED', 'CURVE_ORDER', 'Compared', 'differences', 'confusion_figure', 'tsne_figure', 'attention_figure',
            'classifies', 'open_stores', 'label_of', 'compared_tasks', 'finetune_text', 'longer_text', 'network_text',
-           'time_text', 'budget_of', 'curve_order']
+           'time_text', 'budget_of', 'labelled', 'curve_order']
 
 # %% ../../nbs/report/comparison.ipynb #n002
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..models.encoders import load_encoder
 from ..models.vit import attention_maps, has_attention
 from ..params import Params, store_of
 from .figures import attention_grid, confusion_matrices, tsne
-from .names import Names, data_label, sort_key
+from .names import PROTOCOLS, Names, data_label, sort_key
 from .provenance import shared
 from .reading import CLASSIFIED, collect, read_predictions, run_folders
 from .tables import paired_tables
@@ -136,20 +136,20 @@ def compared_tasks(
             for t in tasks}
 
 # %% ../../nbs/report/comparison.ipynb #n020
-def finetune_text(recipe)->str:
+def finetune_text(recipe:dict)->str:
     "A recipe of fine-tuning in words."
-    return (f"{recipe.epochs} epochs, at least {recipe.min_steps} steps, batch {recipe.batch_size}, epoch: {recipe.select}, "
-            f"layer decay {recipe.layer_decay:g} for every encoder")
+    return ("{epochs} epochs, at least {min_steps} steps, batch {batch_size}, epoch: {select}, "
+            "layer decay {layer_decay:g} for every encoder").format(**recipe)
 
-def longer_text(recipe)->str:
+def longer_text(recipe:dict)->str:
     "The longer training from scratch in words."
-    return f"{recipe.scratch_factor:g} times the steps of fine-tuning" if recipe.scratch_factor > 1 else "not run"
+    return f"{recipe['scratch_factor']:g} times the steps of fine-tuning" if recipe["scratch_factor"] > 1 else "not run"
 
-def network_text(P:Params, e:str)->str:
-    "An encoder's network in words."
-    m = P.encoders[e].model
-    network = f"ViT, {m.depth} blocks × {m.embed_dim}, patch {m.patch_size} px" if m.arch == "vit" else m.arch
-    return f"{network}, images of {P.image_size(e)} px"
+def network_text(of:dict)->str:
+    "An encoder's network in words, from what it was made of."
+    m = of["model"]
+    network = "ViT, {depth} blocks × {embed_dim}, patch {patch_size} px".format(**m) if m["arch"] == "vit" else m["arch"]
+    return f"{network}, images of {of['image_size']} px"
 
 # %% ../../nbs/report/comparison.ipynb #n021
 def time_text(
@@ -163,20 +163,34 @@ def time_text(
 
 # %% ../../nbs/report/comparison.ipynb #s001
 def budget_of(
-    P:Params, study:str, stores:dict, names:Names, made:dict
+    stores:dict, names:Names,
+    made:dict,  # as from `read_made`
+    judged:dict # as from `read_judged`
 )->dict[str,str]: # for `provenance`
-    "What was spent on a comparison, in words by topic."
-    tasks, enc = {t: P.tasks[t] for t in P.compare[study].tasks}, P.encoders
-    images = {d: len(s.indices("train")) for d, s in stores.items()}
-    trained = {names[e]: f"{p.epochs} epochs of {images[enc[e].data]:,} images, batch {p.batch_size}" for e in names
-               if (p := enc[e].pretrain)}
-    tuned = {t: task.finetune for t, task in tasks.items() if task.finetune and "finetune" in P.protocols}
-    drawn = {f"{t}, {p}": n for t, task in tasks.items() for p in P.protocols if (n := getattr(getattr(task, p), "subsets", 1)) > 1}
+    "What was spent on a comparison, in words by topic, as its results have it."
+    of, images = {e: m["of"] for (e, _), m in reversed(made.items())}, {d: len(s.indices("train")) for d, s in stores.items()}
+    trained = {names[e]: f"{p['epochs']} epochs of {images[of[e]['data']]:,} images, batch {p['batch_size']}" for e in names
+               if e in of and (p := of[e]["pretrain"])}
+    recipes = {(p, t): m["of"]["recipe"] for (p, t, _, _), m in reversed(judged.items())}
+    tuned = {t: r for (p, t), r in recipes.items() if p == "finetune"}
+    drawn = {f"{t}, {p}": r["subsets"] for (p, t), r in recipes.items() if r.get("subsets", 1) > 1}
     topics = {"pre-training": shared(trained), "fine-tuning": shared({t: finetune_text(r) for t, r in tuned.items()}),
               "from scratch, longer": shared({t: longer_text(r) for t, r in tuned.items()}), "time": time_text(made, names),
-              "encoder": shared({names[e]: network_text(P, e) for e in names if enc[e].method not in ("histogram", "imported")}),
-              "tasks": ", ".join(tasks), "subsets of fewer labels": "; ".join(f"{k}: {n} each" for k, n in drawn.items())}
+              "encoder": shared({names[e]: network_text(of[e]) for e in names
+                                 if e in of and of[e]["method"] not in ("histogram", "imported")}),
+              "tasks": ", ".join(dict.fromkeys(t for _, t in recipes)),
+              "subsets of fewer labels": "; ".join(f"{k}: {n} each" for k, n in drawn.items())}
     return {k: text for k, text in topics.items() if text}
+
+# %% ../../nbs/report/comparison.ipynb #n026
+def labelled(
+    names:Names, made:dict, judged:dict # as of `budget_of`
+)->dict[str,dict]: # words for a result → what made it
+    "All results of a comparison by the words that a reader knows."
+    seeds = {s for _, s in made}
+    def seed(s): return f", seed {s}"*(len(seeds) > 1)
+    runs = {f"{names[e]}{seed(s)}": m for (e, s), m in made.items()}
+    return runs | {f"{names[e]}, {PROTOCOLS.get(p, p)} on {t}{seed(s)}": m for (p, t, e, s), m in judged.items()}
 
 # %% ../../nbs/report/comparison.ipynb #n024
 CURVE_ORDER = ("loss", "structure_r2", "teacher_", "kl", "valid_knn", "rankme", "images_per_s", "lr") # how names begin

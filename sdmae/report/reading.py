@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORES_FACTS', 'CLASSIFIED', 'SEGMENT_METRICS', 'CURVE_COLUMNS', 'read_scores', 'broken', 'wanted', 'score_files',
            'as_in_tables', 'score_rows', 'value_of', 'tidy', 'classified', 'collect', 'collect_segments', 'Predictions',
-           'arrays_of', 'read_predictions', 'run_folders', 'read_made', 'read_curves', 'read_pictures']
+           'arrays_of', 'read_predictions', 'run_folders', 'read_made', 'read_judged', 'read_curves', 'read_pictures']
 
 # %% ../../nbs/report/reading.ipynb #n002
 import json
@@ -187,6 +187,17 @@ def read_made(
 )->dict[tuple[str,int],dict]: # (encoder, seed) -> minutes, images_per_s, notes, last row of numbers (None: not trained)
     "How each training went."
     return {k: json.loads((p/"made.json").read_text()) for k, p in run_folders(runs, encoders, seeds).items() if (p/"made.json").is_file()}
+
+# %% ../../nbs/report/reading.ipynb #n027
+def read_judged(
+    folder, tasks, encoders=None, seeds=None, protocols=None # as of `collect`, but several tasks
+)->dict[tuple,dict]: # (protocol, task, encoder, seed) → of what, of which encoder, and under which circumstances
+    "What made each evaluation; `ValueError` naming a file that does not say it."
+    found = {(f["protocol"], t, f["encoder"], int(f["seed"])): (p, f.get("made")) for t in tasks
+             for p, f in score_files(folder, t, encoders, seeds, protocols)}
+    for p, made in found.values():
+        if not made: raise ValueError(f"{p} does not say what made it: an earlier version wrote it; run `dvc repro` again")
+    return {k: made for k, (_, made) in found.items()}
 
 # %% ../../nbs/report/reading.ipynb #n024
 CURVE_COLUMNS = ["encoder", "seed", "metric", "step", "value"]

@@ -6,6 +6,7 @@
 __all__ = ['Batches', 'prefetch']
 
 # %% ../../nbs/train/batches.ipynb #c002
+import hashlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,20 @@ def batch(self:Batches,
     rows = self.rows(epoch, i)
     images = self.store.batch(rows)
     return (images, self.store.targets(rows, self.task).to(images.device, non_blocking=True)) if self.task else (images,)
+
+# %% ../../nbs/train/batches.ipynb #n003
+@patch(as_prop=True)
+def facts(self:Batches)->dict:
+    "Plain values that tell these batches from others."
+    return dict(seed=self.seed, task=self.task, rows=hashlib.sha256(self.idx.astype(np.int64).tobytes()).hexdigest()[:12])
+
+@patch
+def names(self:Batches,
+    epoch:int, i:int
+)->list[str]:
+    "Paths of a batch's tiles, or their rows where the store has no table."
+    rows, table = self.rows(epoch, i), getattr(self.store, "table", None)
+    return [f"row {r}" for r in rows] if table is None else table.path.iloc[rows].tolist()
 
 # %% ../../nbs/train/batches.ipynb #c008
 def prefetch(

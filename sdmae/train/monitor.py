@@ -97,11 +97,11 @@ def to_uint8(x:Tensor)->np.ndarray: # (B, H, W, 3)
     return (x.float().clamp(0, 1)*255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 def save_pictures(
-    path:Path,
+    file, # path, or open to be written
     pictures:dict # epoch → {"original": …, "masked": …, "reconstruction": … and those of further scales}, each (n, H, W, 3) uint8
 ):
     "Pictures of several epochs in one `.npz`: arrays `<epoch>/<part>`."
-    np.savez_compressed(path, **{f"{epoch}/{part}": a for epoch, parts in pictures.items() for part, a in parts.items()})
+    np.savez_compressed(file, **{f"{epoch}/{part}": a for epoch, parts in pictures.items() for part, a in parts.items()})
 
 # %% ../../nbs/train/monitor.ipynb #c018
 def sheet(
