@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE', 'START', 'ADVICE', 'SHAPES_RESULTS', 'PACKAGES', 'git', 'git_place', 'git_advice', 'git_state',
-           'package_versions', 'device_name', 'circumstances', 'main']
+           'package_versions', 'device_name', 'circumstances', 'alone', 'main']
 
 # %% ../nbs/made.ipynb #n002
 import os, platform, re, subprocess, sys, time
@@ -33,7 +33,8 @@ def git_place(
         refused = re.search(r"dubious ownership in repository at '(.*)'", e.stderr)
         return "none" if not refused else "refused" if Path(refused[1]).resolve() == Path(root).resolve() else "foreign"
     if Path(top).resolve() != Path(root).resolve(): return "foreign"
-    try: git(root, "cat-file", "-e", "HEAD:sdmae/params.py")
+    inside = "HEAD:sdmae/params.py" if Path(root, "sdmae", "params.py").exists() else "HEAD" # an archive unpacked over another's files
+    try: git(root, "cat-file", "-e", inside)
     except subprocess.CalledProcessError: return "uncommitted"
     return "own"
 
@@ -95,10 +96,18 @@ def circumstances(
                 time=time.strftime("%F %T %z"))
 
 # %% ../nbs/made.ipynb #n015
-def main()->int: # exit code: 1 where DVC has to be told that there is no repository
+def alone(root)->bool:
+    "Must DVC be told that there is no repository? There is none, or it is another's that ignores this folder, and DVC would stop."
+    place, root = git_place(root), Path(root).resolve()
+    if place == "no git": return not any((o/".git").exists() for o in (root, *root.parents))
+    if place != "foreign": return place == "none"
+    try: return git(root, "check-ignore", "dvc.yaml") != ""
+    except subprocess.CalledProcessError: return False # it is not ignored
+
+def main()->int: # exit code: 1 where `alone`
     "What to do about git, if anything."
     root = project_root()
     if advice := git_advice(root): print(f"{root}: {advice}", file=sys.stderr)
-    return int(git_place(root) in ("none", "no git"))
+    return int(alone(root))
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main()) # a notebook has no file

@@ -132,8 +132,9 @@ def test_without_git(tmp_path, project, monkeypatch):
 
 @needs_git
 def test_the_command_says_the_line(tmp_path, project, monkeypatch, capsys):
-    repository(project(tmp_path/"own")); project(tmp_path/"archive"); repository(tmp_path/"thesis"); project(tmp_path/"thesis"/"sdmae")
-    for place, code, words in (("own", 0, ""), ("archive", 1, "no git repository"), ("thesis/sdmae", 0, "inside another git repository")):
+    repository(project(tmp_path/"own")); project(tmp_path/"archive"); repository(tmp_path/"thesis"); project(tmp_path/"thesis"/"sdmae"); project(tmp_path/"thesis"/"ignored")
+    (tmp_path/"thesis"/".gitignore").write_text("/ignored/\n")
+    for place, code, words in (("own", 0, ""), ("archive", 1, "no git repository"), ("thesis/sdmae", 0, "inside another git repository"), ("thesis/ignored", 1, "inside another git repository")):
         monkeypatch.chdir(tmp_path/place)
         assert made.main() == code and words in (said := capsys.readouterr().err) and bool(said) == bool(words)
 

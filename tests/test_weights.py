@@ -530,6 +530,17 @@ def test_tensors_that_declare_more_than_they_hold(tmp_path):
     assert torch.equal(read_checkpoint(tmp_path/"packed.pth")["w"], torch.arange(10.)), "an honest one is read"
 
 
+def test_a_file_larger_than_memory(tmp_path):
+    "Full of holes, it takes no room on the disk."
+    size = 10**13
+    header = json.dumps(F32(size//4, end=size)).encode()
+    with open(tmp_path/"a.safetensors", "wb") as f:
+        f.write(struct.pack("<Q", len(header)) + header)
+        try: f.truncate(8 + len(header) + size)
+        except OSError: pytest.skip("the file system has no files of this size")
+    with pytest.raises(ValueError, match="a.safetensors has 10,000 GB, and .* GB of memory are free"): read_checkpoint(tmp_path/"a.safetensors")
+
+
 def test_names_that_ask_for_a_network_of_any_size(tmp_path):
     state = vit().state_dict()
     for more, words in ((dict([("blocks.900.norm1.bias", torch.ones(48))]), "lacks blocks.2.attn.qkv.weight"), ({"blocks.99999999999.norm1.bias": torch.ones(48)}, "no place for"),
@@ -565,6 +576,9 @@ def test_places_that_are_no_files(tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=words): find_encoder(tmp_path/name)
         if name != "hub":
             with pytest.raises((ValueError, FileNotFoundError), match=name): read_checkpoint(tmp_path/name)
+    (tmp_path/"gone").symlink_to(tmp_path/"nowhere")
+    for read in (lambda: start_from(None, str(tmp_path/"gone")), lambda: imported(tmp_path/"gone")):
+        with pytest.raises(FileNotFoundError, match="is a link to"): read()
 
 
 def test_the_ending_does_not_matter(tmp_path):
@@ -670,6 +684,20 @@ def test_damaged_files(tmp_path, kind, suffix):
     path = tmp_path/f"weights{suffix}"
     damaged(path, kind)
     with pytest.raises(ValueError, match=rf"weights{suffix} is no .*damaged"): read_checkpoint(path)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    "torch does not look at the checksums of its own files; those saved without are read."
+    torch.save(dict(model=vit().state_dict(), **beside()), tmp_path/"a.pth")
+    whole = (tmp_path/"a.pth").read_bytes()
+    for at in (200, len(whole)//3, len(whole)//2, 2*len(whole)//3):
+        (tmp_path/"b.pth").write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
+        with pytest.raises(ValueError, match="b.pth is (damaged: .* does not give its checksum|no checkpoint, or a damaged one)"): read_checkpoint(tmp_path/"b.pth")
+    try:
+        torch.serialization.set_crc32_options(False)
+        torch.save(vit().state_dict(), tmp_path/"c.pth")
+    finally: torch.serialization.set_crc32_options(True)
+    assert read_checkpoint(tmp_path/"c.pth").keys() == vit().state_dict().keys()
 
 
 def test_a_truncated_safetensors(tmp_path):

@@ -22,6 +22,7 @@ from .copies import check_copies, mark, on_rings
 from .records import Record, SPLITS, Source, Task, named, quotas
 from ..files import sha256, whole, write_json
 from ..params import DataParams
+from ..processes import end_with_parent
 
 # %% ../../nbs/data/store.ipynb #c005
 def fit(
@@ -78,7 +79,7 @@ def run_all(
             for j in jobs: out.append(fill(*j)); bar.update(len(j[2]))
         return out
     kind = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    with bar, ProcessPoolExecutor(workers, multiprocessing.get_context(kind)) as pool:
+    with bar, ProcessPoolExecutor(workers, multiprocessing.get_context(kind), end_with_parent) as pool:
         try:
             for j,r in zip(jobs, pool.map(fill, *zip(*jobs))): out.append(r); bar.update(len(j[2]))
         except BaseException:

@@ -6,7 +6,7 @@
 __all__ = ['ImportedParams', 'misfits', 'Imported']
 
 # %% ../../nbs/methods/imported.ipynb #c002
-import math
+import math, os
 from torch import nn
 from ..params import EncoderForm, ModelParams, project_root
 from ..models.weights import choice, find_encoder, make_encoder
@@ -48,7 +48,7 @@ class Imported(nn.Module):
     ):
         super().__init__()
         path = project_root()/params.weights
-        found = find_encoder(path if path.exists() else params.weights)
+        found = find_encoder(path if os.path.lexists(path) else params.weights)
         faults = misfits(found, params, model)
         if faults: raise ValueError(f"method.imported.weights {params.weights} cannot be used:\n  " + "\n  ".join(faults))
         self.encoder, config = make_encoder(found, image_size, model.num_heads)

@@ -6,6 +6,7 @@
 __all__ = ['source_of', 'start_from']
 
 # %% ../../nbs/models/start.ipynb #n002
+import os
 from pathlib import Path
 from torch import nn
 from ..params import project_root
@@ -18,7 +19,7 @@ def source_of(
 )->str|Path:
     "Where weights lie: a run's folder holds its encoder in `encoder/`; what is no path is a name."
     path = project_root()/start
-    return path/"encoder" if (path/"encoder").is_dir() else path if path.exists() else start
+    return path/"encoder" if (path/"encoder").is_dir() else path if os.path.lexists(path) else start
 
 def start_from(
     encoder:nn.Module, # its weights are replaced
