@@ -17,7 +17,7 @@ from ..params import Params, load_params, project_root, run_of, store_of
 from ..files import Busy, whole, write_json
 from ..made import circumstances
 from ..processes import callers, end_with
-from ..data.store import TileStore
+from ..data.store import QUICK, TileStore, open_store
 from ..data.shards import ShardBatches, Shards
 from ..views.augment import MEAN, STD
 from ..views.draws import rank_and_world
@@ -91,7 +91,10 @@ def make_batches(
 ):
     "Images of the training split, or of shards; with their labels for a method that asks for them."
     p = P.encoders[name].pretrain
-    if p.shards: return ShardBatches(Shards(project_root()/p.shards), store.image_size, p.batch_size, seed, device, *rank_and_world())
+    if p.shards:
+        shards = Shards(project_root()/p.shards)
+        shards.verify(QUICK)
+        return ShardBatches(shards, store.image_size, p.batch_size, seed, device, *rank_and_world())
     target = method_params(P, name).target if getattr(model, "labelled", False) else None
     return Batches(store, store.indices("train", target or "label"), p.batch_size, seed, target, p.accumulate)
 
@@ -172,7 +175,7 @@ def pretrain(
     device = pick_device(P.device)
     precision = pick_precision(P.precision, device)
     with process_group(device):
-        store = TileStore(folder).to(device)
+        store = open_store(folder).to(device)
         model, config = build(P, encoder, seed, store, device), run_config(P, encoder, seed, store, device, precision)
         config |= getattr(model, "normalization", {}) # weights from elsewhere bring their own mean and std
         history, pictures, minutes = [], {}, 0.

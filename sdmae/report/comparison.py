@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..data.store import TileStore
+from ..data.store import TileStore, open_store
 from ..evaluate.results import Task
 from ..evaluate.statistics import LABEL_METRICS, METRICS, LabelScores, confusion
 from ..models.encoders import load_encoder
@@ -118,7 +118,7 @@ def open_stores(
 )->dict[str,TileStore]: # by the name of the data
     "The prepared images of a comparison: those that tasks ask about, and those that encoders learned from."
     of_tasks = [P.tasks[t].data for t in P.compare[study].tasks if classifies(P, t)]
-    return {d: TileStore(store_of(d)) for d in dict.fromkeys(of_tasks + [P.encoders[e].data for e in P.compare[study].encoders])}
+    return {d: open_store(store_of(d)) for d in dict.fromkeys(of_tasks + [P.encoders[e].data for e in P.compare[study].encoders])}
 
 # %% ../../nbs/report/comparison.ipynb #s003
 def label_of(store)->str:
