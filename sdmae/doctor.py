@@ -75,9 +75,9 @@ def machine(root:Path)->Iterator[tuple]:
 # %% ../nbs/doctor.ipynb #n012
 def repository(root:Path)->Iterator[tuple]:
     "Git, DVC's remote and cache."
-    from sdmae.made import git_state
-    commit = git_state(root)
-    yield line(True if commit[:2] != "no" else None, f"commit: {commit}")
+    from sdmae.made import git_advice, git_state
+    commit, advice = git_state(root), git_advice(root)
+    yield line(None if advice else True, f"commit: {commit}", advice)
     if not (root/".dvc"/"config").is_file(): yield line(False, "no .dvc/config", "clone the repository again"); return
     config = configparser.ConfigParser()
     config.read([root/".dvc"/"config", root/".dvc"/"config.local"])

@@ -121,6 +121,14 @@ def test_the_doctor_finds_what_is_damaged(work):
     (work/"stores"/"tissue"/"tiles.npy").unlink(); (work/"evals"/"tissue"/"tissue"/"probe"/"mae-0"/"scores.json").unlink()
 
 
+def test_nothing_of_params_reaches_a_shell(work):
+    "Neither through `check`, which names the fault, nor past it."
+    edit_params(work, seeds=["0; touch hacked"])
+    assert "seeds" in sh(work, "dvc", "repro", fails=True)
+    sh(work, "dvc", "repro", "--single-item", "pretrain", fails=True)
+    assert not (work/"hacked").exists()
+
+
 # What it fetches
 
 def test_pull_fetches_what_a_stage_needs(work, tmp_path):

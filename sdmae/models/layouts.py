@@ -13,7 +13,6 @@ import math, re
 from pathlib import Path
 import torch
 from torch import Tensor
-from .stored import check_finite
 
 # %% ../../nbs/models/layouts.ipynb #c005
 NAMES = [("encoder_to_decoder", "decoder.embed"), ("mask_token", "decoder.mask_token"), ("decoder.head", "pixels"),

@@ -13,7 +13,7 @@ import argparse, json, math, os, sys
 from contextlib import contextmanager
 from pathlib import Path
 import timm, torch
-from torch import nn, Tensor
+from torch import nn
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from safetensors import safe_open

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'need', 'prepare', 'pretrain', 'config_of', 'applies', 'evaluate', 'leave_nothing', 'report', 'arguments',
-           'do', 'main']
+           'of_dvc', 'do', 'main']
 
 # %% ../../nbs/pipeline/main.ipynb #n002
-import argparse, json, subprocess, sys
+import argparse, json, os, subprocess, sys
 from ..params import eval_of, load_params, project_root, run_of, store_of
 from ..methods.registry import PROBED_ONLY
 from ..files import Busy, write_json
@@ -92,7 +92,7 @@ def arguments():
     sub = parser.add_subparsers(dest="command", required=True)
     def add(name, help, *names):
         p = sub.add_parser(name, help=help)
-        for o in names: p.add_argument(o, type=int if o == "seed" else str)
+        for o in names: p.add_argument(o, type=int if o == "seed" else str, nargs="?" if name in STAGES else None)
         return p
     add("check", "refuse a params.yaml with a fault; strip the notebooks")
     add("plan", "write what each encoder, task and report is made of")
@@ -105,12 +105,23 @@ def arguments():
     add("html", "an executed notebook as a page", "notebook", "out").add_argument("--code", action="store_true")
     return parser
 
+# %% ../../nbs/pipeline/main.ipynb #n016
+def of_dvc(command:str, names:tuple)->list: # a value for each name
+    "What a stage is for, by DVC's name of it: `pretrain@tissue-mae-0`. Raises `ValueError` where nobody says it."
+    parts = os.environ.get("DVC_STAGE", "").partition("@")[2].split("-")
+    if len(parts) != len(names) or "" in parts:
+        raise ValueError(f"Say what for: python -m sdmae.pipeline {command} {' '.join(names).upper()}, or dvc repro "
+                         f"{command}@{'-'.join(names).upper()}")
+    if "seed" in names and not parts[-1].isdecimal(): raise ValueError(f"{command}: seed {parts[-1]!r} is no whole number")
+    return [int(p) if n == "seed" else p for n, p in zip(names, parts)]
+
 # %% ../../nbs/pipeline/main.ipynb #n012
 def do(a:argparse.Namespace):
     "One command; what it alone needs is imported here."
     if a.command in STAGES:
         stage, names = STAGES[a.command]
-        return stage(*(getattr(a, n) for n in names))
+        given = [getattr(a, n) for n in names]
+        return stage(*(given if None not in given else of_dvc(a.command, names)))
     if a.command == "run": return run(a.notebook, a.out, {k: parse_value(v) for k, v in a.parameters})
     if a.command in ("check", "plan"):
         from sdmae.pipeline import plan
