@@ -560,8 +560,8 @@ def test_csv_paths_as_other_systems_write_them(tmp_path, name, said):
 
 @pytest.mark.parametrize("text, message", [
     (ROWS.replace("\n7.png,b", "\n\n7.png,"), "row 10 has no label"), (ROWS + "3.png,a\n", "rows 5 and 26 name one file, 3.png, but its label is 'b' and 'a'"),
-    (ROWS + "./3.png,a\n", "rows 5 and 26 name one file"), (ROWS.replace("path,label", "path,label,Label").replace("a\n", "a,b\n").replace("b\n", "b,b\n"), "column 'label' is there twice"),
-    (ROWS + "7.png\n", "row 26 has no label"), (ROWS + '"7.png,b\n', "not a CSV that can be read"), (ROWS.replace("a\n", "é\n").encode("latin-1"), "not a CSV that can be read.*UTF-8"),
+    (ROWS + "./3.png,a\n", "rows 5 and 26 name one file"), ("path,label,Label\n" + "".join(f"{l},{l[-1]}\n" for l in ROWS.splitlines()[1:]), "column 'label' is there twice"),
+    (ROWS + "7.png\n", "row 26 has 1 values for 2 columns: is it cut off"), (ROWS + "7.png,\n", "row 26 has no label"), (ROWS + '"7.png,b\n', "not a CSV that can be read"), (ROWS.replace("a\n", "é\n").encode("latin-1"), "not a CSV that can be read.*UTF-8"),
     (ROWS.encode("utf-16"), "not a CSV"), ("path,label\n", "no row in it"), (ROWS.replace("3.png", "."), "row 5 names ., which is not there; 3 of 24 rows")])
 def test_csv_faults_are_named(tmp_path, text, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message): write(tmp_path, text)

@@ -7,11 +7,11 @@ __all__ = ['SPLITS', 'SUFFIXES', 'SYNTHETIC', 'FORMATS', 'MAX_PIXELS', 'MAX_BYTE
            'UNSEEN', 'NUMBER', 'UNKNOWN', 'Record', 'Task', 'Source', 'Unfit', 'named', 'opened', 'one_page', 'shallow',
            'flat', 'decode', 'right_name', 'open_file', 'bytes_of', 'read_bytes', 'read_image', 'first_look', 'size_of',
            'other_kind', 'check_entry', 'open_zip', 'walk', 'kinds_of', 'left_out', 'zip_names', 'check_names',
-           'list_files', 'list_images', 'is_synthetic', 'tidy', 'one_spelling', 'joined', 'alike_key', 'look_alikes',
-           'draw_share', 'quotas']
+           'list_files', 'list_images', 'is_synthetic', 'tidy', 'csv_rows', 'one_spelling', 'joined', 'alike_key',
+           'look_alikes', 'draw_share', 'quotas']
 
 # %% ../../nbs/data/records.ipynb #c002
-import io, os, re, tarfile, unicodedata, zipfile
+import csv, io, os, re, tarfile, unicodedata, zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -370,6 +370,25 @@ def tidy(
 )->str:
     "Text with its spaces trimmed and single, without invisible characters, accents in Unicode's composed form."
     return re.sub(r"\s+", " ", UNSEEN.sub("", unicodedata.normalize("NFC", text))).strip()
+
+# %% ../../nbs/data/records.ipynb #n004
+def csv_rows(
+    data:bytes, # of a CSV
+    path        # for the error
+)->list[list[str]]: # header and rows, of one length; empty rows are rows of empty texts
+    "A CSV's values as they stand; `ValueError` if it cannot be read, or a row has more or fewer values than there are columns."
+    try:
+        text = data.decode("utf-8-sig")
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not a CSV that can be read ({e}). Get it again, or save it as CSV in UTF-8.") from e
+    n = len(rows[0]) if rows else 0
+    if not n: raise ValueError(f"{path}: not a CSV that can be read (it is empty). Get it again.")
+    for i, row in enumerate(rows):
+        if any(row) and (len(row) < n or any(row[n:])):
+            raise ValueError(f"{path}: row {i+1} has {len(row)} values for {n} columns: is it cut off? Get the file again, or mend it.")
+    return [[*row, *[""]*n][:n] for row in rows]
 
 # %% ../../nbs/data/records.ipynb #u019
 NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['FINDINGS', 'PARTS', 'SIDES', 'VIEWS', 'PATHOLOGY', 'MARGINS', 'DENSITY', 'WORDS', 'CASES', 'PACKED', 'NAME',
-           'DEFLATED', 'DICOM', 'column_names', 'read_rows', 'read_csv', 'words', 'capitals', 'whole_number',
-           'check_values', 'spelled', 'read_cases', 'instead', 'case_file', 'all_cases', 'answers', 'pathologies',
-           'all_tasks', 'key_of', 'begins_as_dicom', 'is_image', 'tail', 'read_info', 'index_files', 'check_size',
-           'read_header', 'check_pixels', 'rescaled', 'read_dicom', 'read_picture', 'read_grey', 'to_bytes',
-           'grey_size', 'two_valued', 'same_form', 'split_values', 'choose_mask', 'square', 'box_of', 'read_mammogram',
-           'read_view', 'read_lesion', 'other_split', 'check_files', 'unread', 'having_masks', 'with_masks',
-           'drop_shared', 'cbis']
+           'DEFLATED', 'DICOM', 'column_names', 'read_csv', 'words', 'capitals', 'whole_number', 'check_values',
+           'spelled', 'read_cases', 'instead', 'case_file', 'all_cases', 'answers', 'pathologies', 'all_tasks',
+           'key_of', 'begins_as_dicom', 'is_image', 'tail', 'read_info', 'index_files', 'check_size', 'read_header',
+           'check_pixels', 'rescaled', 'read_dicom', 'read_picture', 'read_grey', 'to_bytes', 'grey_size', 'two_valued',
+           'same_form', 'split_values', 'choose_mask', 'square', 'box_of', 'read_mammogram', 'read_view', 'read_lesion',
+           'other_split', 'check_files', 'unread', 'having_masks', 'with_masks', 'drop_shared', 'cbis']
 
 # %% ../../nbs/sources/cbis.ipynb #c002
-import csv, io, re
+import io, re
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -21,8 +20,8 @@ import numpy as np, pandas as pd
 from PIL import Image, ImageOps
 from pydicom import Dataset, dcmread
 from pydicom.pixels import get_decoder
-from ..data.records import (MAX_PIXELS, Record, SUFFIXES, Source, Task, Unfit, flat, is_synthetic, left_out, list_files, named,
-                                one_page, open_file, opened, read_bytes, shallow, size_of, tidy)
+from ..data.records import (MAX_PIXELS, Record, SUFFIXES, Source, Task, Unfit, csv_rows, flat, is_synthetic, left_out, list_files,
+                                named, one_page, open_file, opened, read_bytes, shallow, size_of, tidy)
 from ..params import DataParams
 
 # %% ../../nbs/sources/cbis.ipynb #t000
@@ -35,31 +34,13 @@ def column_names(
     words = [re.sub(r"[^a-z0-9]+", "_", tidy(c).lower()).strip("_") for c in found]
     return [ours.get(w.replace("_", ""), w) for w in words]
 
-# %% ../../nbs/sources/cbis.ipynb #n000
-def read_rows(
-    place:Path, name:str # of the CSV inside
-)->list[list[str]]:      # header and rows, of one length
-    "A CSV's values as they stand; `ValueError` if it cannot be read, or a row has more or fewer values than there are columns."
-    try:
-        text = read_bytes(place, name, f"{place.name}/{name}").decode("utf-8-sig")
-        separator = max(",;\t", key=text.partition("\n")[0].count)
-        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
-    except (csv.Error, UnicodeDecodeError) as e:
-        raise ValueError(f"{place/name}: not a CSV that can be read ({e}). Get it again, or save it as CSV in UTF-8.") from e
-    n = len(rows[0]) if rows else 0
-    if not n: raise ValueError(f"{place/name}: not a CSV that can be read (it is empty). Get it again.")
-    for i, row in enumerate(rows):
-        if any(row) and (len(row) < n or any(row[n:])):
-            raise ValueError(f"{place/name}: row {i+1} has {len(row)} values for {n} columns: is it cut off? Get the file again.")
-    return [[*row, *[""]*n][:n] for row in rows]
-
 # %% ../../nbs/sources/cbis.ipynb #n001
 def read_csv(
     place:Path, name:str,   # of the CSV inside
     columns:list[str]       # that it must have, with underscores
 )->pd.DataFrame:            # all text; its index counts the rows from 0, empty ones included
-    "A CSV as text; `ValueError` as `read_rows`, or where a column is missing or there twice."
-    head, *body = read_rows(place, name)
+    "A CSV as text; `ValueError` as `csv_rows`, or where a column is missing or there twice."
+    head, *body = csv_rows(read_bytes(place, name, f"{place.name}/{name}"), place/name)
     head = column_names(head, columns)
     for c in columns:
         if c not in head: raise ValueError(f"{place/name}: column {c!r} is missing; there are {head}.")

@@ -10,7 +10,7 @@ __all__ = ['SPLIT_NAMES', 'NCT_CLASSES', 'PCAM_CLASSES', 'NCT_TRAIN', 'NCT_TEST'
            'drop', 'drawn_splits', 'open_source']
 
 # %% ../../nbs/sources/publishers.ipynb #c002
-import io, os, re, unicodedata
+import os, re, unicodedata
 from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 import h5py, numpy as np, pandas as pd
 from .cbis import cbis
 from ..data.copies import bound
-from ..data.records import MAX_BYTES, MAX_PIXELS, Record, SPLITS, SYNTHETIC, Source, Unfit, draw_share, is_synthetic, joined
+from ..data.records import MAX_BYTES, MAX_PIXELS, Record, SPLITS, SYNTHETIC, Source, Unfit, csv_rows, draw_share, is_synthetic, joined
 from ..data.records import list_images, look_alikes, named, quotas, read_image, tidy
 from ..params import DataParams, project_root
 
@@ -180,18 +180,15 @@ def _h5_array(file, key):
 def read_table(
     path:Path   # a CSV
 )->pd.DataFrame: # all text, columns tidy in small letters; the index counts rows as a spreadsheet does
-    "A CSV parted by commas, semicolons or tabs; `ValueError` if it cannot be read or has a column twice."
+    "A CSV as text; `ValueError` as `csv_rows`, or where a column is there twice."
     with named(path, "not a CSV that can be read", "Save it as CSV in UTF-8."):
         if path.stat().st_size > MAX_BYTES: raise ValueError("too large")
-        text = path.read_text(encoding="utf-8-sig")
-        head = text.split("\n", 1)[0]
-        sep = next((s for s in ";\t" if s in head and "," not in head), ",")
-        rows = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, skip_blank_lines=False, sep=sep).fillna("")
-    rows.columns = [tidy(str(c)).lower() for c in rows.columns]
-    twice = [c for c in rows.columns if c.removesuffix(".1") in rows.columns and c.endswith(".1")]
-    twice += [c for c, n in Counter(rows.columns).items() if n > 1]
-    if twice: raise ValueError(f"{path}: the column {twice[0].removesuffix('.1')!r} is there twice. Keep one of them.")
-    rows = rows.set_axis(range(2, len(rows)+2))
+        data = path.read_bytes()
+    head, *body = csv_rows(data, path)
+    head = [tidy(c).lower() for c in head]
+    if twice := [c for c, n in Counter(filter(None, head)).items() if n > 1]:
+        raise ValueError(f"{path}: the column {twice[0]!r} is there twice. Keep one of them.")
+    rows = pd.DataFrame(body, columns=head, index=range(2, len(body)+2), dtype=str).loc[:, [c != "" for c in head]] # "": row numbers
     return rows[rows.map(str.strip).ne("").any(axis=1)]
 
 # %% ../../nbs/sources/publishers.ipynb #d002
