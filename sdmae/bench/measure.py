@@ -165,7 +165,7 @@ def random_store(
     split = lambda i: {0: "valid", 1: "test"}.get(i//2, "train")
     records = [Record(f"{i}.png", "ab"[i%2], split(i), "", "", partial(random_tile, i, size)) for i in range(n)]
     return prepare(Source("random tiles", records, ["a", "b"], True, []), folder,
-                   DataParams(name="random tiles", adapter="folder", path="", image_size=size), workers=1)
+                   DataParams(name="random tiles", adapter="folder", path="random", image_size=size), workers=1)
 
 def random_tile(i:int, size:int)->np.ndarray: # (size, size, 3) uint8
     return np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8)
