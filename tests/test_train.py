@@ -117,10 +117,10 @@ def test_a_checkpoint_goes_on_where_it_was_made_of_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(code={"sdmae/methods/sdmae.py": "93fe", "sdmae/train/engine.py": "77"}, torch="2.12"), "code of sdmae/methods/sdmae.py; torch 2.11 → 2.12. Delete it"),
+    (dict(code={"sdmae/methods/sdmae.py": "93fe", "sdmae/train/engine.py": "77"}, torch="2.12"), "code of sdmae/methods/sdmae.py; torch: 2.11 → 2.12. Delete it"),
     (dict(code={"sdmae/methods/sdmae.py": "0a1b"}), "else: code of sdmae/train/engine.py. Delete it"),
-    (dict(params=dict(seed=1, scale=(.2, 1.))), "else: params.seed 0 → 1. Delete it"),
-    (dict(precision="bfloat16"), "else: precision nothing → bfloat16. Delete it")])
+    (dict(params=dict(seed=1, scale=(.2, 1.))), "else: params.seed: 0 → 1. Delete it"),
+    (dict(precision="bfloat16"), "else: precision: nothing → bfloat16. Delete it")])
 def test_a_checkpoint_made_of_something_else_is_refused_with_the_reason(change, message, tmp_path):
     "And kept, for the other way out is to go back."
     interrupted(tmp_path/"c.pt", made_of=MADE)
@@ -132,7 +132,7 @@ def test_a_checkpoint_made_of_something_else_is_refused_with_the_reason(change, 
 def test_a_checkpoint_that_does_not_say_what_made_it(tmp_path):
     "It is refused where that is asked for; where it is not, it goes on as before."
     interrupted(tmp_path/"c.pt")
-    with pytest.raises(ValueError, match="torch nothing → 2.11"): run("mae", checkpoint=tmp_path/"c.pt", made_of=MADE)
+    with pytest.raises(ValueError, match="torch: nothing → 2.11"): run("mae", checkpoint=tmp_path/"c.pt", made_of=MADE)
     assert len(run("mae", checkpoint=tmp_path/"c.pt")[1]) == 4
 
 
