@@ -51,7 +51,7 @@ def swap(
 # %% ../nbs/files.ipynb #n008
 def left(part:Path, process:int)->bool:
     "Whether nobody will finish it: the process is gone, or one that came later has its number."
-    try: return psutil.Process(process).create_time() > part.stat().st_mtime
+    try: return psutil.Process(process).create_time() > part.stat().st_mtime + 3600 # the clocks of a disk and of a machine may differ
     except psutil.NoSuchProcess: return True
 
 def recover(path:Path):
@@ -67,7 +67,8 @@ def recover(path:Path):
 def target(path:Path)->Path:
     "Where a link leads, for a result may lie on another disk. Raises `FileNotFoundError` for a link to nothing: its disk may not be there."
     if not path.is_symlink(): return path
-    if not path.exists(): raise FileNotFoundError(f"{path} is a link to {os.path.realpath(path)}, which is not there. Is a disk not mounted?")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is a link to {os.path.realpath(path)}, which is not there. Is a disk not mounted?")
     return path.resolve()
 
 # %% ../nbs/files.ipynb #n010

@@ -62,7 +62,7 @@ def git_state(
     if git_place(root) != "own": return "no git commit"
     try:
         commit = git(root, "rev-parse", "--short=12", "HEAD").strip()
-        changed = [l[3:] for l in git(root, "status", "--porcelain", "--", *SHAPES_RESULTS).splitlines()]
+        changed = [l[3:] for l in git(root, "status", "--porcelain", "--untracked-files=normal", "--", *SHAPES_RESULTS).splitlines()]
     except subprocess.CalledProcessError: return "no git commit"
     if not changed: return commit
     return f"{commit}, with {len(changed)} changed or new: {', '.join(changed[:4])}" + (" …" if len(changed) > 4 else "")

@@ -118,7 +118,7 @@ def attack(work, folder, out, kills, rng):
             if status is None: os.kill(pid, signal.SIGTERM if rng.random() < .1 else signal.SIGKILL); os.waitpid(pid, 0); hits += 1; continue
             failed += status != 0
             break
-        found = left(out) | {p.name: "left behind" for p in out.parent.glob(".*")}
+        found = left(out) | {p.name: "left behind" for p in out.parent.glob(".*") if p.suffix in (".part", ".old")}
         if found != wanted: other.append(sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k)))
     return dict(kills=hits, runs=runs, failed=failed, different=len(other), what=other[:1])
 

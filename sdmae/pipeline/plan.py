@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'WITH_PROSE', 'SHOWN', 'encoder_faults', 'in_runs', 'task_faults', 'data_faults', 'check_params', 'check',
-           'made_of_report', 'report_names', 'plans', 'difference', 'label_faults', 'plan']
+           'made_of_report', 'report_names', 'plans', 'difference', 'label_faults', 'read_plan', 'plan']
 
 # %% ../../nbs/pipeline/plan.ipynb #n002
 import json
 from pathlib import Path
+from ..files import whole
 from ..params import RECIPES, Params, differences, flat, load_params, project_root, resolved, store_of
 from ..methods.registry import BASELINES, PROBED_ONLY, method_params
 from .ingredients import NOTEBOOKS, made_of_encoder, made_of_task
@@ -123,6 +124,12 @@ def label_faults(P:Params)->list[str]:
             except ValueError as e: faults.append(f"task.{name}: {e}")
     return faults
 
+# %% ../../nbs/pipeline/plan.ipynb #n014
+def read_plan(path:Path)->dict|None:
+    "What was planned before; None where there is nothing, or no whole file."
+    try: return json.loads(path.read_text())
+    except (OSError, ValueError): return None
+
 # %% ../../nbs/pipeline/plan.ipynb #n024
 def plan(
     out:str|Path="build" # folder, from the project's root
@@ -134,9 +141,8 @@ def plan(
     for name, made in files.items():
         path = folder/name
         new = json.dumps(made, indent=1, sort_keys=True) + "\n"
-        why = difference(json.loads(path.read_text()) if path.is_file() else None, json.loads(new))
+        why = difference(read_plan(path), json.loads(new))
         if why: print(f"{name.removesuffix('.json').replace('/', ' ', 1)}: {why}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(new)
+        with whole(path) as part: part.write_text(new)
     for path in (f for kind in ("encoders", "tasks", "reports") for f in (folder/kind).glob("*.json")):
         if str(path.relative_to(folder)) not in files: path.unlink()

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['run_config', 'made_of', 'feature_watch', 'process_group', 'make_batches', 'make_trainer', 'save_run', 'build',
-           'answers', 'train', 'pretrain', 'num_processes', 'launch', 'first_error', 'arguments', 'main']
+           'answers', 'train', 'alone', 'pretrain', 'num_processes', 'launch', 'first_error', 'arguments', 'main']
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c002
 import argparse, json, os, subprocess, sys, tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from ..params import Params, load_params, project_root, run_of, store_of
-from ..files import Busy, whole, write_json
+from ..files import Busy, only_one, remove, whole, write_json
 from ..made import circumstances
 from ..processes import callers, end_with
 from ..data.store import QUICK, TileStore, open_store
@@ -33,8 +33,7 @@ from ..evaluate.features import extract
 from ..evaluate.finetune import balance
 from ..evaluate.knn import knn_probabilities
 from ..evaluate.statistics import scores
-from .code import code_hashes
-from .ingredients import code_of_encoder, made_of_encoder, store_hash
+from .ingredients import as_planned, code_of_encoder, made_of_encoder, precision_name, start_hash, store_hash
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c005
 def run_config(
@@ -47,8 +46,8 @@ def run_config(
     form = {k: getattr(section, k) for k in ("class_token", "pos_embed") if hasattr(section, k)}
     return dict(method=e.method, section=section.model_dump(), seed=seed, image_size=P.image_size(name), model=e.model.model_dump(),
                 mean=MEAN, std=STD, form=form,
-                start=e.start, pretrain=p and p.decisive(), data=store.manifest["name"], tiles=store.manifest["sha256"],
-                device=device.type, precision=str(precision or torch.float32),
+                start=e.start, weights=start_hash(e), pretrain=p and p.decisive(), data=store.manifest["name"],
+                tiles=store.manifest["sha256"], device=device.type, precision=precision_name(P, precision),
                 shards=Shards(project_root()/p.shards).sha256 if p and p.shards else None)
 
 # %% ../../nbs/pipeline/pretrain.ipynb #n001
@@ -56,8 +55,7 @@ def made_of(
     config:dict # of the run
 )->dict:        # plain values
     "What a checkpoint has to agree with: configuration, code, torch."
-    code = code_of_encoder(config["method"]) | code_hashes(["sdmae/pipeline/pretrain.py"], project_root())
-    return dict(config=config, code=code, torch=torch.__version__)
+    return dict(config=config, code=code_of_encoder(config["method"]), torch=torch.__version__)
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c007
 def feature_watch(
@@ -120,7 +118,8 @@ def save_run(
     pictures:dict, # epoch → pictures
     **made         # what it was made of, and under which circumstances
 ):
-    "Write what a run leaves, a piece after the other, each whole; `made.json`, with a note on how it went, is the last."
+    "Write what a run leaves, a piece after the other, each whole; `made.json`, with a note on how it went, goes first and comes last."
+    remove(out/"made.json")
     last, rates = history[-1] if history else None, [r["images_per_s"] for r in history]
     made |= dict(images_per_s=float(np.median(rates)) if history else None,
                  notes=warnings_of(last, model) if history else [], last=last)
@@ -147,7 +146,8 @@ def answers(store:TileStore, section)->dict:
     return dict(n_classes=len(asked.classes), multi=asked.multi, weights=weights)
 
 # %% ../../nbs/pipeline/pretrain.ipynb #n004
-def train(P, name, seed, model, store, config, device, precision, out:Path)->tuple[list,dict,float]: # history, pictures by epoch, minutes
+def train(P, name, seed, model, store, config, device, precision, out:Path)->tuple[list,dict,
+                                                                                   dict]: # history, pictures by epoch, circumstances
     "Train to the end, watched and logged, with pictures where the method makes any."
     p = P.encoders[name].pretrain
     fixed = np.random.default_rng(0).permutation(store.indices("valid"))[:8]
@@ -155,9 +155,17 @@ def train(P, name, seed, model, store, config, device, precision, out:Path)->tup
     if p.compile: compile_blocks(model)
     torch.manual_seed(seed)
     trainer = make_trainer(P, name, seed, model, store, config, device, precision, (pictures, watch, LiveLog(out/"live")), out)
+    trainer.under = circumstances(device, precision, rank_and_world()[1])
     history = trainer.fit()
     an_epoch = len(trainer.batches)*trainer.batches.batch_size # images; a resumed run has no clock for what was before
-    return history, pictures.pictures, sum(an_epoch/r["images_per_s"] for r in history)/60
+    return history, pictures.pictures, trainer.under | dict(minutes=sum(an_epoch/r["images_per_s"] for r in history)/60)
+
+# %% ../../nbs/pipeline/pretrain.ipynb #n006
+def alone(out:Path):
+    "Inside, no other process pre-trains into a folder; the first of several processes sees to it."
+    root, lock = project_root(), out.with_name(f".{out.name}.lock")
+    if out.is_relative_to(root): lock = root/"build"/"locks"/f"{'-'.join(out.relative_to(root).parts)}.lock"
+    return only_one(lock, str(out)) if rank_and_world()[0] == 0 else nullcontext()
 
 # %% ../../nbs/pipeline/pretrain.ipynb #n005
 def pretrain(
@@ -174,15 +182,14 @@ def pretrain(
     folder = root/(tiles or store_of(e.data))
     device = pick_device(P.device)
     precision = pick_precision(P.precision, device)
-    with process_group(device):
+    made = dict(of=as_planned(made_of_encoder(P, encoder) | dict(store=store_hash(folder)), f"encoders/{encoder}"), seed=seed)
+    with process_group(device), alone(out):
         store = open_store(folder).to(device)
         model, config = build(P, encoder, seed, store, device), run_config(P, encoder, seed, store, device, precision)
         config |= getattr(model, "normalization", {}) # weights from elsewhere bring their own mean and std
-        history, pictures, minutes = [], {}, 0.
-        if e.pretrain: history, pictures, minutes = train(P, encoder, seed, model, store, config, device, precision, out)
-        rank, world = rank_and_world()
-        made = dict(of=made_of_encoder(P, encoder) | dict(store=store_hash(folder)), seed=seed, minutes=minutes)
-        if rank == 0: save_run(out, model, config, history, pictures, **made, **circumstances(device, precision, world))
+        history, pictures, under = [], {}, circumstances(device, precision) | dict(minutes=0.)
+        if e.pretrain: history, pictures, under = train(P, encoder, seed, model, store, config, device, precision, out)
+        if rank_and_world()[0] == 0: save_run(out, model, config, history, pictures, **made, **under)
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c017
 def num_processes(P:Params, name:str)->int:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCORES_FACTS', 'CLASSIFIED', 'SEGMENT_METRICS', 'CURVE_COLUMNS', 'read_scores', 'broken', 'wanted', 'score_files',
            'as_in_tables', 'score_rows', 'value_of', 'tidy', 'classified', 'collect', 'collect_segments', 'Predictions',
-           'arrays_of', 'read_predictions', 'run_folders', 'read_made', 'read_judged', 'read_curves', 'read_pictures']
+           'arrays_of', 'read_predictions', 'run_folders', 'read_made', 'check_runs', 'read_judged', 'read_curves',
+           'read_pictures']
 
 # %% ../../nbs/report/reading.ipynb #n002
 import json
@@ -186,7 +187,21 @@ def read_made(
     runs, encoders=None, seeds=None # as of `run_folders`
 )->dict[tuple[str,int],dict]: # (encoder, seed) -> minutes, images_per_s, notes, last row of numbers (None: not trained)
     "How each training went."
-    return {k: json.loads((p/"made.json").read_text()) for k, p in run_folders(runs, encoders, seeds).items() if (p/"made.json").is_file()}
+    found = {k: (p, json.loads((p/"made.json").read_text())) for k, p in run_folders(runs, encoders, seeds).items()
+             if (p/"made.json").is_file()}
+    for p, made in found.values():
+        if "of" not in made: raise ValueError(f"{p/'made.json'} does not say of what: an earlier version wrote it; run `dvc repro` again")
+    return {k: made for k, (_, made) in found.items()}
+
+def check_runs(
+    made:dict, # as from `read_made`
+    encoders, seeds # of the parameters
+):
+    "Raises `FileNotFoundError` naming runs that the parameters ask for and that are not there."
+    absent = [f"{e}, seed {s}" for e in encoders for s in seeds if (e, s) not in made]
+    if absent:
+        raise FileNotFoundError(f"There is no run of {'; '.join(absent)}: `dvc repro` makes them. The earlier report comes back with "
+                                       "`dvc checkout`")
 
 # %% ../../nbs/report/reading.ipynb #n027
 def read_judged(

@@ -123,7 +123,7 @@ class Trainer:
         groups = groups or param_groups_weight_decay(model, optim.weight_decay, getattr(model, "no_weight_decay", ()))
         self.optimizer = make_optimizer(groups, optim, self.peak)
         self.step, self.history, self.sums, self.learned = 0, [], {}, False
-        self.trouble, self.arriving = torch.full((3,), -1., device=device), None
+        self.trouble, self.arriving, self.under = torch.full((3,), -1., device=device), None, None
         self.rank, self.world = rank_and_world()
         # static: parameters without a gradient in the first step never get one (SD-MAE's detached teacher)
         self.network = DistributedDataParallel(model, static_graph=True) if self.world > 1 else model
@@ -230,7 +230,8 @@ def check_finite(self:Trainer,
 def way_out(self:Trainer)->str:
     "What to do after numbers that are not finite."
     kept = self.checkpoint and (self.checkpoint.exists() or before(self.checkpoint).exists())
-    return ("Lower base_lr, lengthen warmup, or set precision: float32; each begins a new run."
+    return (f"Lower base_lr{', or' if self.precision is None else ','} lengthen "
+            f"warmup{', or set precision: float32'*(self.precision is not None)}: each begins a new run."
             + f" The last good checkpoint stays: {self.checkpoint}"*bool(kept))
 
 # %% ../../nbs/train/engine.ipynb #c021
