@@ -9,7 +9,7 @@ __all__ = ['Text', 'Labels', 'RECIPES', 'NAMED', 'project_root', 'Section', 'as_
            'EncoderParams', 'CompareParams', 'Params', 'typed', 'with_views', 'task_of', 'model_of', 'encoder_of',
            'faults_of', 'faults_of_names', 'lists_of', 'faults_of_comparison', 'store_of', 'run_of', 'eval_of',
            'in_quotes', 'readable', 'composed', 'first_fault', 'why_not', 'compose', 'field_names', 'explain',
-           'parse_params', 'load_params', 'edited', 'main']
+           'parse_params', 'PlainLoader', 'read_yaml', 'load_params', 'edited', 'main']
 
 # %% ../nbs/params.ipynb #c002
 import os, re, sys
@@ -610,6 +610,29 @@ def parse_params(
     raise ValueError(f"{where} cannot be used:\n  " + "\n  ".join(faults)
                      + "\nThe sections and their defaults are described in nbs/params.ipynb.")
 
+# %% ../nbs/params.ipynb #n018
+class PlainLoader(yaml.SafeLoader):
+    "YAML whose integers are plain decimal ones, and whose keys stand once."
+    yaml_implicit_resolvers = {first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:int"]
+                               for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def compose_mapping_node(self, anchor):
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            line, known = key.start_mark.line + 1, (key.tag, str(key.value))
+            if known in lines: raise yaml.YAMLError(f"{key.value} stands twice in a section, in lines {lines[known]} and {line}: remove one")
+            lines[known] = line
+        return node
+
+PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("(0|-?[1-9][0-9]*)$"), list("-0123456789"))
+
+# %% ../nbs/params.ipynb #n019
+def read_yaml(path:Path): # plain values
+    "What a file of YAML holds. Raises `ValueError` naming the file where it is none, or has a key twice."
+    try: return yaml.load(path.read_text(encoding="utf8"), PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as e: # a date that is none, a number of 5,000 digits
+        raise ValueError(f"{path} is no valid YAML: {e}") from e
+
 # %% ../nbs/params.ipynb #c048
 def load_params(
     path:str|Path="params.yaml" # from the project's root, or absolute
@@ -617,8 +640,7 @@ def load_params(
     "The parameters of a run. Raises `FileNotFoundError` and `ValueError`, both naming the file."
     path = project_root()/path
     if not path.is_file(): raise FileNotFoundError(f"{path} does not exist: `git checkout params.yaml` brings the default back.")
-    try: values = yaml.safe_load(path.read_text(encoding="utf8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{path} is no valid YAML: {e}") from e
+    values = read_yaml(path)
     if not isinstance(values, dict): raise ValueError(f"{path} holds no sections.")
     return parse_params(values, where=str(path))
 
@@ -627,7 +649,7 @@ def edited(
     path:str|Path="params.yaml"
 )->bool: # True where the file is not the plain composition of `conf/`
     "Whether `params.yaml` differs from the defaults of `conf/`: true after a hand edit and after `dvc exp run -S`."
-    return yaml.safe_load((project_root()/path).read_text(encoding="utf8")) != compose()
+    return read_yaml(project_root()/path) != compose()
 
 # %% ../nbs/params.ipynb #n015
 def main(

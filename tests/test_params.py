@@ -141,6 +141,23 @@ def test_all_faults_are_told_at_once():
     assert all(w in faults(values) for w in ("pretrain.tissue.epochs", "finetune.few.mixupp"))
 
 
+@pytest.mark.parametrize("typed, classes", [("[010, 011]", ["010", "011"]), ("[12:30]", ["12:30"]), ("[1_0, 0x10, 0b11]", ["1_0", "0x10", "0b11"]), ("[10, 0]", ["10", "0"])])
+def test_only_plain_digits_are_numbers(tmp_path, typed, classes):
+    text = (CONF.parent/"params.yaml").read_text()
+    (tmp_path/"p.yaml").write_text(text.replace("drop_classes: []", f"drop_classes: {typed}", 1))
+    assert load_params(tmp_path/"p.yaml").data["tissue"].drop_classes == classes
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    text = (CONF.parent/"params.yaml").read_text()
+    for twice, key in ((text.replace("data:\n", "data:\n  tissue: {adapter: csv}\n", 1), "tissue"), (text + "\n\"seeds\": [7]\n", "seeds")):
+        (tmp_path/"p.yaml").write_text(twice)
+        with pytest.raises(ValueError, match=rf"p.yaml is no valid YAML: {key} stands twice in a section, in lines \d+ and \d+"): load_params(tmp_path/"p.yaml")
+    for text in ("a: 2020-13-45", "a: " + "9"*5000):
+        (tmp_path/"p.yaml").write_text(text)
+        with pytest.raises(ValueError, match="p.yaml is no valid YAML"): load_params(tmp_path/"p.yaml")
+
+
 def test_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent.yaml"): load_params(tmp_path/"absent.yaml")
     (tmp_path/"bad.yaml").write_text("a: [1,\n")
