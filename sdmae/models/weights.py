@@ -25,7 +25,7 @@ from .convnet import ConvEncoder, check_convolutional
 from .encoders import build_encoder, encoder_folder, load_encoder, load_weights, read_config, save_encoder
 from .layouts import below, chosen_stem, encoder_in, encoder_weights, layout_at, our_mae_name, our_state
 from .natural import PACKAGED, packaged_network
-from .stored import check_file, read_checkpoint
+from .stored import check_file, check_finite, read_checkpoint
 from .vit import Encoder, position_table
 
 # %% ../../nbs/models/weights.ipynb #c033
@@ -285,6 +285,7 @@ def load_method(
     if missing or unknown or shapes:
         raise ValueError(f"{where} does not fit this {type(method).__name__}. Missing: {missing[:4]}; unknown: {unknown[:4]}; other "
                          f"shapes: {shapes[:4]}")
+    check_finite(state, where)
     method.load_state_dict(state, strict=False)
 
 # %% ../../nbs/models/weights.ipynb #c054
