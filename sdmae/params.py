@@ -519,13 +519,17 @@ def readable(
     key, equals, value = override.partition("=")
     try: parsed = OverridesParser.create().parse_override(override)
     except HydraException: parsed = None
+    if re.fullmatch(r"(\+\+?|~)?[\w./@:-]+", key) and not key.isascii():
+        raise ValueError(f"-S {override}: {key.lstrip('+~')} is no name: names have small letters of English, digits and _ alone")
     if not re.fullmatch(r"(\+\+?|~)?[\w./@:-]+", key) or not (equals or key[0] == "~"):
         raise ValueError(f"-S {override}: a section and key, =, and a value are needed, as data.tissue.limit=500")
     if parsed and not parsed.is_sweep_override(): return override
     nested = value.lstrip()[:1] in tuple("[{")
     if parsed or nested or value.lstrip()[:1] in tuple("'\""):
         what = "several values" if parsed else "a list or section" if nested else "quoted text"
-        raise ValueError(f"-S {override}: {value} is {what}{' that cannot be read' if not parsed else ''}. Text is quoted twice, also in a "
+        number = (f"Several are a list, [{value}]; a number has a decimal point and nothing between its digits, as 0.2 or 5000. "
+                  if re.fullmatch(r"[-+]?\d+(,\d+)+", value) else "")
+        raise ValueError(f"-S {override}: {value} is {what}{' that cannot be read' if not parsed else ''}. {number}Text is quoted twice, also in a "
                          f"list: -S \"{key}={'[' + in_quotes('a b') + ',' + in_quotes('c(d)') + ']' if nested else in_quotes(value)}\"")
     return f"{key}={in_quotes(value)}"
 
@@ -595,6 +599,7 @@ def explain(
         if e["type"] == "extra_forbidden": return [f"{path}: unknown parameter{meant(e['loc'][-1], field_names())}"]
         if e["type"] == "missing": return [f"{path}: missing"]
         said = e["msg"].removeprefix("Value error, ")
+        if e["type"] == "list_type": said = f"a list is needed, [{e['input'] if isinstance(e['input'], (str, int, float)) else 'a, b'}]"
         if e["type"] == "literal_error": said += meant(e["input"], re.findall(r"'([^']*)'", e["ctx"]["expected"]))
         return [f"{path}: {said}"] if path else said.splitlines()
     return [line for e in error.errors() for line in lines(e)]

@@ -105,7 +105,8 @@ def test_text_is_read_as_it_is_typed(typed, path, name, classes):
     ("data.tissue.pathh=x", "did you mean data.tissue.path?"), ("data.path=x", r"did you mean data\.(tissue|lesions)\.path\?"), ("modle=sample", "did you mean model?"), ("data=csvv", "did you mean csv?"),
     ("experiment=ablatoin", "did you mean ablation?"), ("~encoder.maee", "did you mean encoder.mae?"), ("pretrain.lesions.batch_size=8", "two plus signs, ++pretrain.lesions.batch_size=8"), ("encoder.lesion_mae.decoder.depth=3", "++encoder.lesion_mae.decoder.depth=3"), ("+data=csv", "without a plus sign"),
     ("data.tissue.name=a,b", "-S \"data.tissue.name='a,b'\""), ("data.tissue.name=range(1,3)", "'range(1,3)'"), ("data.tissue.drop_classes=[a b,c(d)]", "quoted twice"), ("data.tissue.name='x", "quoted text that cannot be read"),
-    ("data.tissue.path=${HOME}/x", "stands for another parameter"), ("data.tissue.name", "a section and key"), ("", "a section and key"), ("=3", "a section and key"), ("a b=c", "a section and key"), ("+encoder=3", "encoder has no 3")])
+    ("data.tissue.path=${HOME}/x", "stands for another parameter"), ("data.tissue.name", "a section and key"), ("", "a section and key"), ("=3", "a section and key"), ("a b=c", "a section and key"), ("+encoder=3", "encoder has no 3"),
+    ("data.tissue.valid_fraction=0,2", "as 0.2 or 5000"), ("data.tissue.limit=5,000", "as 0.2 or 5000"), ("data.tissue.limit=1,000,000", "as 0.2 or 5000"), ("+encoder.Ünï={of: mae}", "encoder.Ünï is no name"), ("data.tissue.größe=3", "data.tissue.größe is no name")])
 def test_an_override_that_cannot_be_is_explained(typed, words):
     "With the override's own text."
     with pytest.raises(ValueError) as e: compose([typed])
@@ -118,7 +119,8 @@ def test_of_several_overrides_the_one_at_fault_is_named():
 
 @pytest.mark.parametrize("typed, words", [("+data.tissue.pathh=x", "data.tissue.pathh: unknown parameter; did you mean path?"), ("+encoder.mae.mask_ration=0.5", "encoder.mae.mask_ration: unknown parameter; did you mean mask_ratio?"),
                                           ("data.tissue.adapter=cvs", "did you mean csv?"), ("compare.tissue.encoders=[random,sdmea]", "did you mean sdmae?"), ("encoder.mae.views=tisue", "did you mean tissue?"), ("reports=[lesion]", "did you mean lesions?"),
-                                          ("data.tissue.drop_classes=[1.10]", "read as 1.1 (float), and text is meant"), ("data.tissue.name=true", "read as True"), ("data.tissue.path=", "data.tissue.path")])
+                                          ("data.tissue.drop_classes=[1.10]", "read as 1.1 (float), and text is meant"), ("data.tissue.name=true", "read as True"), ("data.tissue.path=", "data.tissue.path"),
+                                          ("data.tissue.drop_classes=BACK", "data.tissue.drop_classes: a list is needed, [BACK]"), ("seeds=0", "seeds: a list is needed, [0]"), ("seeds=null", "seeds: a list is needed, [a, b]")])
 def test_the_name_that_was_meant(typed, words): assert words in faults(compose([typed]))
 
 

@@ -717,7 +717,30 @@ def test_an_export_replaces_exports_alone(tmp_path):
     run_folder(tmp_path/"run"); save_file(dict(w=torch.ones(1)), tmp_path/"published.safetensors")
     for out in (tmp_path/"published.safetensors", tmp_path/"run"/"encoder.safetensors"):
         with pytest.raises(FileExistsError, match="is no export"): export_timm(tmp_path/"run", out)
-    for _ in range(2): export_timm(tmp_path/"run", tmp_path/"out.safetensors")
+    out = tmp_path/"out.safetensors"
+    for _ in range(2): export_timm(tmp_path/"run", out)
+    before = out.read_bytes(); run_folder(tmp_path/"other", seed=1); run_folder(tmp_path/"wide", image_size=64)
+    for again in (lambda: export_timm(tmp_path/"other", out), lambda: export_timm(tmp_path/"run", out, class_token=True), lambda: export_timm(tmp_path/"wide", out)):
+        with pytest.raises(FileExistsError, match="out.safetensors holds the export of another encoder.*--replace"): again()
+    assert main(["export", str(tmp_path/"other"), str(out)]) == 2 and out.read_bytes() == before
+    assert main(["export", str(tmp_path/"other"), str(out), "--replace"]) == 0 and out.read_bytes() != before
+    with pytest.raises(FileExistsError, match="is no export"): export_timm(tmp_path/"run", tmp_path/"published.safetensors", replace=True)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(mean=None), "mean None: three finite numbers"), (dict(mean=[1, 2]), "mean .1, 2.: three"), (dict(std=[1, 1, 0]), "above 0"), (dict(image_size="64"), "image_size '64'"), (dict(image_size=10**9), "image_size 1000000000"),
+    (dict(image_size=True), "image_size True"), (dict(depth=10**7), "depth 10,000,000"), (dict(depth=10**7, embed_dim=1, num_heads=1), "depth 10,000,000"), (dict(embed_dim=3*10**8), "width 300,000,000"), (dict(patch_size=10**6), "need some"),
+    (dict(mlp_ratio=1e9), "need some"), ("mean", "KeyError: 'mean'"), ("std", "KeyError: 'std'"), ("image_size", "KeyError: 'image_size'")])
+def test_sizes_that_the_weights_cannot_have(tmp_path, change, words):
+    "Told before a network is made."
+    run_folder(tmp_path/"run"); path = tmp_path/"run"/"config.json"; config = json.loads(path.read_text())
+    if isinstance(change, str): del config[change]
+    else:
+        for k, v in change.items(): (config["model"] if k in config["model"] and k != "image_size" else config)[k] = v
+    path.write_text(json.dumps(config)); start = time.process_time()
+    for read in (load_encoder, lambda f: export_timm(f, tmp_path/"o.safetensors")):
+        with pytest.raises(ValueError, match=f"config.json.*{words}"): read(tmp_path/"run")
+    assert time.process_time() - start < 3 and not (tmp_path/"o.safetensors").exists()
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"kind": "vit"}', '{"image_size": 32, "model": {"arch": "vit"}}', '{"image_size": 32, "model": 3, "form": {}}', "\udcff"])

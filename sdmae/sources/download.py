@@ -269,7 +269,8 @@ def credit(
     who = "; ".join(names[:3]) + (" et al." if len(names) > 3 else "")
     said = inner(about, "license").get("id") or "nothing"
     year = str(about["publication_date"])[:4] if about.get("publication_date") else "no year"
-    return (f"{d.title}\nlicence: {d.licence}; the record says {said}\nplease cite: {who} ({year}). {about.get('title') or d.title}. https://doi.org/{about.get('doi') or record.get('doi')}")
+    return (f"{d.title}\nlicence: {d.licence}; the record says {said}\nplease cite: {who} ({year}). {about.get('title') or d.title}. "
+            f"https://doi.org/{about.get('doi') or record.get('doi')}")
 
 # %% ../../nbs/sources/download.ipynb #c032
 def digest_of(
