@@ -529,8 +529,9 @@ def readable(
         what = "several values" if parsed else "a list or section" if nested else "quoted text"
         number = (f"Several are a list, [{value}]; a number has a decimal point and nothing between its digits, as 0.2 or 5000. "
                   if re.fullmatch(r"[-+]?\d+(,\d+)+", value) else "")
-        raise ValueError(f"-S {override}: {value} is {what}{' that cannot be read' if not parsed else ''}. {number}Text is quoted twice, also in a "
-                         f"list: -S \"{key}={'[' + in_quotes('a b') + ',' + in_quotes('c(d)') + ']' if nested else in_quotes(value)}\"")
+        shown = f"[{in_quotes('a b')},{in_quotes('c(d)')}]" if nested else in_quotes(value)
+        raise ValueError(f"-S {override}: {value} is {what}{' that cannot be read' if not parsed else ''}. {number}Text is quoted twice, "
+                         f"also in a list: -S \"{key}={shown}\"")
     return f"{key}={in_quotes(value)}"
 
 # %% ../nbs/params.ipynb #c056
@@ -625,7 +626,8 @@ class PlainLoader(yaml.SafeLoader):
         node, lines = super().compose_mapping_node(anchor), {}
         for key, _ in node.value:
             line, known = key.start_mark.line + 1, (key.tag, str(key.value))
-            if known in lines: raise yaml.YAMLError(f"{key.value} stands twice in a section, in lines {lines[known]} and {line}: remove one")
+            if first := lines.get(known):
+                raise yaml.YAMLError(f"{key.value} stands twice in a section, in lines {first} and {line}: remove one")
             lines[known] = line
         return node
 

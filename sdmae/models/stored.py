@@ -114,8 +114,8 @@ def load_pickled(
             return torch.load(f, map_location="cpu", weights_only=True)
     except Exception as e: error = e # a damaged file raises whatever comes
     if (protocol := protocol_of(path)) > 3:
-        raise ValueError(f"{path} is saved with pickle protocol {protocol}, and torch reads none above 3 without running code. Where it was "
-                         "made, save it again without `pickle_protocol`, or by `safetensors.torch.save_file`.")
+        raise ValueError(f"{path} is saved with pickle protocol {protocol}, and torch reads none above 3 without running code. Where it "
+                         "was made, save it again without `pickle_protocol`, or by `safetensors.torch.save_file`.")
     code = re.search(r"GLOBAL (\S+) (?:was not|whose)", str(error))
     if code or "TorchScript" in str(error):
         raise ValueError(f"{path} is refused: to read it, code would have to run ({code[1] if code else 'TorchScript'}). Where it was "
