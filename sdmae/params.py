@@ -9,7 +9,7 @@ __all__ = ['Text', 'Labels', 'RECIPES', 'NAMED', 'project_root', 'Section', 'as_
            'EncoderParams', 'CompareParams', 'Params', 'typed', 'with_views', 'task_of', 'model_of', 'encoder_of',
            'faults_of', 'faults_of_names', 'lists_of', 'faults_of_comparison', 'store_of', 'run_of', 'eval_of',
            'in_quotes', 'readable', 'composed', 'first_fault', 'why_not', 'compose', 'field_names', 'explain',
-           'parse_params', 'load_params', 'edited', 'main']
+           'parse_params', 'PlainLoader', 'read_yaml', 'load_params', 'edited', 'main']
 
 # %% ../nbs/params.ipynb #c002
 import os, re, sys
@@ -519,14 +519,19 @@ def readable(
     key, equals, value = override.partition("=")
     try: parsed = OverridesParser.create().parse_override(override)
     except HydraException: parsed = None
+    if re.fullmatch(r"(\+\+?|~)?[\w./@:-]+", key) and not key.isascii():
+        raise ValueError(f"-S {override}: {key.lstrip('+~')} is no name: names have small letters of English, digits and _ alone")
     if not re.fullmatch(r"(\+\+?|~)?[\w./@:-]+", key) or not (equals or key[0] == "~"):
         raise ValueError(f"-S {override}: a section and key, =, and a value are needed, as data.tissue.limit=500")
     if parsed and not parsed.is_sweep_override(): return override
     nested = value.lstrip()[:1] in tuple("[{")
     if parsed or nested or value.lstrip()[:1] in tuple("'\""):
         what = "several values" if parsed else "a list or section" if nested else "quoted text"
-        raise ValueError(f"-S {override}: {value} is {what}{' that cannot be read' if not parsed else ''}. Text is quoted twice, also in a "
-                         f"list: -S \"{key}={'[' + in_quotes('a b') + ',' + in_quotes('c(d)') + ']' if nested else in_quotes(value)}\"")
+        number = (f"Several are a list, [{value}]; a number has a decimal point and nothing between its digits, as 0.2 or 5000. "
+                  if re.fullmatch(r"[-+]?\d+(,\d+)+", value) else "")
+        shown = f"[{in_quotes('a b')},{in_quotes('c(d)')}]" if nested else in_quotes(value)
+        raise ValueError(f"-S {override}: {value} is {what}{' that cannot be read' if not parsed else ''}. {number}Text is quoted twice, "
+                         f"also in a list: -S \"{key}={shown}\"")
     return f"{key}={in_quotes(value)}"
 
 # %% ../nbs/params.ipynb #c056
@@ -595,6 +600,7 @@ def explain(
         if e["type"] == "extra_forbidden": return [f"{path}: unknown parameter{meant(e['loc'][-1], field_names())}"]
         if e["type"] == "missing": return [f"{path}: missing"]
         said = e["msg"].removeprefix("Value error, ")
+        if e["type"] == "list_type": said = f"a list is needed, [{e['input'] if isinstance(e['input'], (str, int, float)) else 'a, b'}]"
         if e["type"] == "literal_error": said += meant(e["input"], re.findall(r"'([^']*)'", e["ctx"]["expected"]))
         return [f"{path}: {said}"] if path else said.splitlines()
     return [line for e in error.errors() for line in lines(e)]
@@ -610,6 +616,30 @@ def parse_params(
     raise ValueError(f"{where} cannot be used:\n  " + "\n  ".join(faults)
                      + "\nThe sections and their defaults are described in nbs/params.ipynb.")
 
+# %% ../nbs/params.ipynb #n018
+class PlainLoader(yaml.SafeLoader):
+    "YAML whose integers are plain decimal ones, and whose keys stand once."
+    yaml_implicit_resolvers = {first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:int"]
+                               for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def compose_mapping_node(self, anchor):
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            line, known = key.start_mark.line + 1, (key.tag, str(key.value))
+            if first := lines.get(known):
+                raise yaml.YAMLError(f"{key.value} stands twice in a section, in lines {first} and {line}: remove one")
+            lines[known] = line
+        return node
+
+PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("(0|-?[1-9][0-9]*)$"), list("-0123456789"))
+
+# %% ../nbs/params.ipynb #n019
+def read_yaml(path:Path): # plain values
+    "What a file of YAML holds. Raises `ValueError` naming the file where it is none, or has a key twice."
+    try: return yaml.load(path.read_text(encoding="utf8"), PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as e: # a date that is none, a number of 5,000 digits
+        raise ValueError(f"{path} is no valid YAML: {e}") from e
+
 # %% ../nbs/params.ipynb #c048
 def load_params(
     path:str|Path="params.yaml" # from the project's root, or absolute
@@ -617,8 +647,7 @@ def load_params(
     "The parameters of a run. Raises `FileNotFoundError` and `ValueError`, both naming the file."
     path = project_root()/path
     if not path.is_file(): raise FileNotFoundError(f"{path} does not exist: `git checkout params.yaml` brings the default back.")
-    try: values = yaml.safe_load(path.read_text(encoding="utf8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{path} is no valid YAML: {e}") from e
+    values = read_yaml(path)
     if not isinstance(values, dict): raise ValueError(f"{path} holds no sections.")
     return parse_params(values, where=str(path))
 
@@ -627,7 +656,7 @@ def edited(
     path:str|Path="params.yaml"
 )->bool: # True where the file is not the plain composition of `conf/`
     "Whether `params.yaml` differs from the defaults of `conf/`: true after a hand edit and after `dvc exp run -S`."
-    return yaml.safe_load((project_root()/path).read_text(encoding="utf8")) != compose()
+    return read_yaml(project_root()/path) != compose()
 
 # %% ../nbs/params.ipynb #n015
 def main(

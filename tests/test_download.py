@@ -292,8 +292,33 @@ def test_a_set_of_a_record(server, tmp_path, capsys):
     assert said.startswith("Tiny set\nlicence: CC BY 4.0; the record says cc-by-4.0\nplease cite: Kather; Halama; Marx et al. (2018). Tiles. https://doi.org/10.5281/zenodo.7\n")
     zenodo(server); bring(server, tmp_path)
     assert [o.path for o in server.asked] == ["/api/records/7"] and capsys.readouterr().out.count("is there, as published") == 5
-    (tmp_path/"tiny"/"x.h5.gz").unlink() # the archive may go: it comes again, and is compared with what was unpacked
-    zenodo(server); bring(server, tmp_path); assert len(server.asked) == 2
+
+def test_archives_that_were_removed_do_not_come_again(server, tmp_path, capsys, monkeypatch):
+    zenodo(server); bring(server, tmp_path)
+    for n in ("x.h5.gz", "y.h5.gz"): (tmp_path/"tiny"/n).unlink()
+    monkeypatch.setattr(dl.shutil, "disk_usage", lambda p: SimpleNamespace(free=0))
+    zenodo(server); capsys.readouterr()
+    assert [p.name for p in bring(server, tmp_path)] == ["meta.csv", "x.h5", "y.h5"] and len(server.asked) == 1
+    said = capsys.readouterr().out
+    assert "x.h5 is there and x.h5.gz is not: left as it is" in said and "y.h5 is there and y.h5.gz is not" in said
+    monkeypatch.undo(); monkeypatch.setenv("no_proxy", "*")
+    (tmp_path/"tiny"/"x.h5").unlink() # both are gone: both come
+    zenodo(server); bring(server, tmp_path); assert len(server.asked) == 2 and (tmp_path/"tiny"/"x.h5").read_bytes() == BODY
+
+def test_links_that_lead_nowhere_are_kept(server, tmp_path):
+    for name in ("tiles.zip", "tiles.zip.part"):
+        folder = tmp_path/name; folder.mkdir(); (folder/name).symlink_to(tmp_path/"elsewhere")
+        with pytest.raises(FileExistsError, match=f"{name} is (a link to .*elsewhere, which does not exist|there, and not from)"): get(server, folder, [serve()])
+        assert (folder/name).is_symlink() and not (tmp_path/"elsewhere").exists() and not server.asked
+    (tmp_path/"x.h5.gz").write_bytes(FILES["x.h5.gz"]); (tmp_path/"x.h5").symlink_to(tmp_path/"elsewhere")
+    with pytest.raises(FileExistsError, match="x.h5 is a link"): unpack(tmp_path/"x.h5.gz", len(BODY))
+
+@pytest.mark.parametrize("about, cited", [
+    (None, "authors not named (no year). Tiny set."), (dict(creators=None, publication_date=None, license=None, title=None), "authors not named (no year). Tiny set."), ([1], "authors not named"),
+    (dict(creators=[None, dict(name=None), dict(name="Kather")], publication_date=2018, license="cc"), "Kather (2018). Tiny set.")])
+def test_records_that_say_little(server, tmp_path, capsys, about, cited):
+    zenodo(server, said=record(server, FILES, metadata=about))
+    assert len(bring(server, tmp_path)) == 5 and f"please cite: {cited}" in capsys.readouterr().out
 
 def test_only_what_is_missing_comes(server, tmp_path):
     (tmp_path/"tiny").mkdir(); (tmp_path/"tiny"/"meta.csv").write_bytes(FILES["meta.csv"])
@@ -313,10 +338,12 @@ def test_what_is_wrong_is_seen_before_anything_comes(server, tmp_path, monkeypat
 
 @pytest.mark.parametrize("change, message", [
     (dict(files=[]), "lists no files"), (dict(files=None), "lists no files"), (dict(files=[dict(key="x.h5.gz")]), "no y.h5.gz any more; it has x.h5.gz"),
-    ("size", "gives no size or no hash of x.h5.gz"), ("checksum", "no size or no hash"), ("links", "not an encrypted address")])
+    ("size", "gives no size or no hash of x.h5.gz"), ("checksum", "no size or no hash"), ("links", "gives no address of x.h5.gz"), (dict(files=[1]), "lists no files"), (dict(files={"x.h5.gz": {}}), "lists no files"),
+    (("links", None), "gives no address of x.h5.gz"), (("links", [1]), "gives no address"), (("links", dict(self=5)), "not an encrypted address"), (("size", -5), "gives no size or no hash"), (("checksum", 7), "no size or no hash")])
 def test_faulty_records(server, tmp_path, change, message):
     said = record(server, FILES)
     if isinstance(change, dict): said |= change
+    elif isinstance(change, tuple): said["files"][0][change[0]] = change[1]
     else: del said["files"][0][change]
     zenodo(server, said=said)
     with pytest.raises(ValueError, match=message): bring(server, tmp_path)

@@ -105,7 +105,8 @@ def test_text_is_read_as_it_is_typed(typed, path, name, classes):
     ("data.tissue.pathh=x", "did you mean data.tissue.path?"), ("data.path=x", r"did you mean data\.(tissue|lesions)\.path\?"), ("modle=sample", "did you mean model?"), ("data=csvv", "did you mean csv?"),
     ("experiment=ablatoin", "did you mean ablation?"), ("~encoder.maee", "did you mean encoder.mae?"), ("pretrain.lesions.batch_size=8", "two plus signs, ++pretrain.lesions.batch_size=8"), ("encoder.lesion_mae.decoder.depth=3", "++encoder.lesion_mae.decoder.depth=3"), ("+data=csv", "without a plus sign"),
     ("data.tissue.name=a,b", "-S \"data.tissue.name='a,b'\""), ("data.tissue.name=range(1,3)", "'range(1,3)'"), ("data.tissue.drop_classes=[a b,c(d)]", "quoted twice"), ("data.tissue.name='x", "quoted text that cannot be read"),
-    ("data.tissue.path=${HOME}/x", "stands for another parameter"), ("data.tissue.name", "a section and key"), ("", "a section and key"), ("=3", "a section and key"), ("a b=c", "a section and key"), ("+encoder=3", "encoder has no 3")])
+    ("data.tissue.path=${HOME}/x", "stands for another parameter"), ("data.tissue.name", "a section and key"), ("", "a section and key"), ("=3", "a section and key"), ("a b=c", "a section and key"), ("+encoder=3", "encoder has no 3"),
+    ("data.tissue.valid_fraction=0,2", "as 0.2 or 5000"), ("data.tissue.limit=5,000", "as 0.2 or 5000"), ("data.tissue.limit=1,000,000", "as 0.2 or 5000"), ("+encoder.Ünï={of: mae}", "encoder.Ünï is no name"), ("data.tissue.größe=3", "data.tissue.größe is no name")])
 def test_an_override_that_cannot_be_is_explained(typed, words):
     "With the override's own text."
     with pytest.raises(ValueError) as e: compose([typed])
@@ -118,7 +119,8 @@ def test_of_several_overrides_the_one_at_fault_is_named():
 
 @pytest.mark.parametrize("typed, words", [("+data.tissue.pathh=x", "data.tissue.pathh: unknown parameter; did you mean path?"), ("+encoder.mae.mask_ration=0.5", "encoder.mae.mask_ration: unknown parameter; did you mean mask_ratio?"),
                                           ("data.tissue.adapter=cvs", "did you mean csv?"), ("compare.tissue.encoders=[random,sdmea]", "did you mean sdmae?"), ("encoder.mae.views=tisue", "did you mean tissue?"), ("reports=[lesion]", "did you mean lesions?"),
-                                          ("data.tissue.drop_classes=[1.10]", "read as 1.1 (float), and text is meant"), ("data.tissue.name=true", "read as True"), ("data.tissue.path=", "data.tissue.path")])
+                                          ("data.tissue.drop_classes=[1.10]", "read as 1.1 (float), and text is meant"), ("data.tissue.name=true", "read as True"), ("data.tissue.path=", "data.tissue.path"),
+                                          ("data.tissue.drop_classes=BACK", "data.tissue.drop_classes: a list is needed, [BACK]"), ("seeds=0", "seeds: a list is needed, [0]"), ("seeds=null", "seeds: a list is needed, [a, b]")])
 def test_the_name_that_was_meant(typed, words): assert words in faults(compose([typed]))
 
 
@@ -139,6 +141,23 @@ def test_all_faults_are_told_at_once():
     assert "model.depth" in faults(values)
     values["model"]["depth"] = 4
     assert all(w in faults(values) for w in ("pretrain.tissue.epochs", "finetune.few.mixupp"))
+
+
+@pytest.mark.parametrize("typed, classes", [("[010, 011]", ["010", "011"]), ("[12:30]", ["12:30"]), ("[1_0, 0x10, 0b11]", ["1_0", "0x10", "0b11"]), ("[10, 0]", ["10", "0"])])
+def test_only_plain_digits_are_numbers(tmp_path, typed, classes):
+    text = (CONF.parent/"params.yaml").read_text()
+    (tmp_path/"p.yaml").write_text(text.replace("drop_classes: []", f"drop_classes: {typed}", 1))
+    assert load_params(tmp_path/"p.yaml").data["tissue"].drop_classes == classes
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    text = (CONF.parent/"params.yaml").read_text()
+    for twice, key in ((text.replace("data:\n", "data:\n  tissue: {adapter: csv}\n", 1), "tissue"), (text + "\n\"seeds\": [7]\n", "seeds")):
+        (tmp_path/"p.yaml").write_text(twice)
+        with pytest.raises(ValueError, match=rf"p.yaml is no valid YAML: {key} stands twice in a section, in lines \d+ and \d+"): load_params(tmp_path/"p.yaml")
+    for text in ("a: 2020-13-45", "a: " + "9"*5000):
+        (tmp_path/"p.yaml").write_text(text)
+        with pytest.raises(ValueError, match="p.yaml is no valid YAML"): load_params(tmp_path/"p.yaml")
 
 
 def test_files_are_named(tmp_path):

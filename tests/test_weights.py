@@ -1,5 +1,5 @@
 "Weights in and out: timm's own networks are the oracle, files are made here with the names of each release."
-import argparse, json, os, pickle, struct, subprocess, sys, zipfile
+import argparse, json, os, pickle, struct, subprocess, sys, time, zipfile
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, timm, torch
@@ -601,6 +601,65 @@ def test_weights_that_are_not_finite_are_refused_by_every_reader(tmp_path, value
     assert all(v.isfinite().all() for v in encoder.state_dict().values()) and not (tmp_path/"out").exists()
 
 
+@pytest.mark.parametrize("beside", [dict(val_losses=torch.tensor([1., float("nan")])), dict(text={"attn_mask": torch.full((4, 4), -float("inf")).triu(1)}), {"decoder_mask": torch.tensor([float("nan")])}])
+def test_only_an_encoders_own_weights_have_to_be_finite(tmp_path, beside):
+    theirs = vit()
+    torch.save(dict(visual=theirs.state_dict() | {"head.bias": torch.full((5,), float("nan"))}, **beside), tmp_path/"a.pth")
+    import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3)
+    with torch.no_grad(): assert equal(load_encoder(tmp_path/"run")[0].eval().tokens(images()), theirs.forward_features(images()))
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "patch_embed.proj.weight", "cls_token", "norm.bias"])
+def test_each_weight_of_the_encoder_has_to_be_finite(tmp_path, name):
+    state = vit().state_dict(); state[name].view(-1)[-1] = float("nan")
+    torch.save(dict(model=state), tmp_path/"a.pth")
+    for size in (None, 64):
+        with pytest.raises(ValueError, match=f"{name} holds values that are not finite"): import_encoder(tmp_path/"a.pth", tmp_path/"run", num_heads=3, image_size=size)
+    ours, whole = mae_checkpoint()
+    whole["decoder_pred.bias"][0] = float("inf")
+    with pytest.raises(ValueError, match="mae.pth: pixels.bias holds values that are not finite"): load_method(ours, whole, "mae.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("new", [True, False])
+def test_another_pickle_protocol_is_named(tmp_path, new, suffix):
+    for protocol in (4, 5):
+        torch.save(vit().state_dict(), tmp_path/f"a{suffix}", pickle_protocol=protocol, _use_new_zipfile_serialization=new)
+        with pytest.raises(ValueError, match=f"a{suffix} is saved with pickle protocol {protocol}.*save it again"): read_checkpoint(tmp_path/f"a{suffix}")
+    torch.save(vit().state_dict(), tmp_path/f"a{suffix}", pickle_protocol=3, _use_new_zipfile_serialization=new)
+    assert len(read_checkpoint(tmp_path/f"a{suffix}")) == len(vit().state_dict())
+
+
+def test_a_header_as_long_as_a_pickles_first_bytes(tmp_path):
+    "640 bytes, little-endian, begin as a pickle of protocol 2 does."
+    for pad in range(700):
+        save_file(dict(w=torch.ones(2)), tmp_path/"a.safetensors", metadata=dict(pad="x"*pad))
+        if (tmp_path/"a.safetensors").read_bytes()[:2] == b"\x80\x02": break
+    else: pytest.fail("no header of that length")
+    assert list(read_checkpoint(tmp_path/"a.safetensors")) == ["w"]
+
+
+def test_dicts_within_dicts_cost_no_time(tmp_path):
+    "Each level of a small file holds the next 40 times; one of them, and all, with a weight in it."
+    for leaf, words in (({"epoch": 1}, "holds no weights by name"), ({"w": torch.ones(1)}, "more than 100,000 names")):
+        shared = leaf | {f"n{i}": i for i in range(10**4)}
+        for _ in range(5): shared = {f"k{i}": shared for i in range(40)}
+        torch.save(shared, tmp_path/"a.pth")
+        start = time.process_time()
+        with pytest.raises(ValueError, match=words): read_checkpoint(tmp_path/"a.pth")
+        assert time.process_time() - start < 5
+    state = {f"m{i}.patch_embed.proj.weight": torch.ones(1) for i in range(20_000)}
+    start = time.process_time()
+    with pytest.raises(ValueError, match="several encoders: m0, .*m8 …. Say which"): encoder_weights(state, "b.pth")
+    assert time.process_time() - start < 5
+
+
+def test_two_names_of_one_dict_are_both_there():
+    w = dict(a=torch.ones(1))
+    assert list(weights_in(dict(model=w, best=w))) == ["model.a", "best.a"]
+
+
 def test_a_loss_that_is_infinite_is_no_weight(tmp_path):
     torch.save(dict(state_dict=vit().state_dict(), best=torch.tensor(float("inf"))), tmp_path/"a.ckpt")
     assert import_encoder(tmp_path/"a.ckpt", tmp_path/"run", num_heads=3)["imported"]["left_out"]["best"] == 1
@@ -658,7 +717,30 @@ def test_an_export_replaces_exports_alone(tmp_path):
     run_folder(tmp_path/"run"); save_file(dict(w=torch.ones(1)), tmp_path/"published.safetensors")
     for out in (tmp_path/"published.safetensors", tmp_path/"run"/"encoder.safetensors"):
         with pytest.raises(FileExistsError, match="is no export"): export_timm(tmp_path/"run", out)
-    for _ in range(2): export_timm(tmp_path/"run", tmp_path/"out.safetensors")
+    out = tmp_path/"out.safetensors"
+    for _ in range(2): export_timm(tmp_path/"run", out)
+    before = out.read_bytes(); run_folder(tmp_path/"other", seed=1); run_folder(tmp_path/"wide", image_size=64)
+    for again in (lambda: export_timm(tmp_path/"other", out), lambda: export_timm(tmp_path/"run", out, class_token=True), lambda: export_timm(tmp_path/"wide", out)):
+        with pytest.raises(FileExistsError, match="out.safetensors holds the export of another encoder.*--replace"): again()
+    assert main(["export", str(tmp_path/"other"), str(out)]) == 2 and out.read_bytes() == before
+    assert main(["export", str(tmp_path/"other"), str(out), "--replace"]) == 0 and out.read_bytes() != before
+    with pytest.raises(FileExistsError, match="is no export"): export_timm(tmp_path/"run", tmp_path/"published.safetensors", replace=True)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(mean=None), "mean None: three finite numbers"), (dict(mean=[1, 2]), "mean .1, 2.: three"), (dict(std=[1, 1, 0]), "above 0"), (dict(image_size="64"), "image_size '64'"), (dict(image_size=10**9), "image_size 1000000000"),
+    (dict(image_size=True), "image_size True"), (dict(depth=10**7), "depth 10,000,000"), (dict(depth=10**7, embed_dim=1, num_heads=1), "depth 10,000,000"), (dict(embed_dim=3*10**8), "width 300,000,000"), (dict(patch_size=10**6), "need some"),
+    (dict(mlp_ratio=1e9), "need some"), ("mean", "KeyError: 'mean'"), ("std", "KeyError: 'std'"), ("image_size", "KeyError: 'image_size'")])
+def test_sizes_that_the_weights_cannot_have(tmp_path, change, words):
+    "Told before a network is made."
+    run_folder(tmp_path/"run"); path = tmp_path/"run"/"config.json"; config = json.loads(path.read_text())
+    if isinstance(change, str): del config[change]
+    else:
+        for k, v in change.items(): (config["model"] if k in config["model"] and k != "image_size" else config)[k] = v
+    path.write_text(json.dumps(config)); start = time.process_time()
+    for read in (load_encoder, lambda f: export_timm(f, tmp_path/"o.safetensors")):
+        with pytest.raises(ValueError, match=f"config.json.*{words}"): read(tmp_path/"run")
+    assert time.process_time() - start < 3 and not (tmp_path/"o.safetensors").exists()
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"kind": "vit"}', '{"image_size": 32, "model": {"arch": "vit"}}', '{"image_size": 32, "model": 3, "form": {}}', "\udcff"])
@@ -747,8 +829,7 @@ def test_what_lies_beside_the_weights_is_not_rebuilt(tmp_path):
 
 @pytest.mark.parametrize("raw, message", [
     ({}, "holds no weights by name, but nothing"), ([torch.ones(2)], "holds no weights by name, but a list"), (torch.ones(2), "a Tensor"),
-    (dict(student={}, teacher={}, epoch=3), "but student, teacher, epoch"), ({"model": {"a": 1}}, "but a"),
-    ({"w": torch.tensor([1., float("nan")])}, "w holds values that are not finite")])
+    (dict(student={}, teacher={}, epoch=3), "but student, teacher, epoch"), ({"model": {"a": 1}}, "but a")])
 def test_files_without_weights(raw, message):
     with pytest.raises(ValueError, match=message): weights_in(raw, "x.pth")
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['build_encoder', 'own_config', 'save_encoder', 'kind_faults', 'load_weights', 'encoder_folder', 'read_config',
-           'configured', 'load_encoder']
+           'normalisation', 'check_config', 'configured', 'load_encoder']
 
 # %% ../../nbs/models/encoders.ipynb #c002
-import json
+import json, math
 from pathlib import Path
 import torch
 from pydantic import ValidationError
@@ -100,6 +100,31 @@ def read_config(folder:Path)->dict: # of an encoder's own folder
     if isinstance(config, dict): return config
     raise ValueError(f"{folder/'config.json'} is no configuration of an encoder, but a {type(config).__name__}")
 
+# %% ../../nbs/models/encoders.ipynb #n004
+def normalisation(mean, std, where:str|Path="")->dict:
+    "Both as lists. Raises `ValueError` where they are not three finite numbers each, or a deviation is not above 0."
+    for name, v in (("mean", mean), ("std", std)):
+        good = isinstance(v, (list, tuple)) and len(v) == 3 and all(isinstance(o, (int, float)) and math.isfinite(o) for o in v)
+        if not good or name == "std" and min(v) <= 0:
+            raise ValueError(f"{where}: {name} {v}: three finite numbers are needed{', above 0' if name == 'std' else ''}")
+    return dict(mean=list(mean), std=list(std))
+
+def check_config(
+    config:dict, # of an encoder's folder
+    state:dict,  # its weights
+    where:str|Path=""
+):
+    "Raises `ValueError` or `TypeError` for sizes that its weights cannot have, `KeyError` for what is missing, before a network is made."
+    size = config["image_size"]
+    if type(size) is not int or not 1 <= size <= 16384: raise TypeError(f"image_size {size!r}: whole px up to 16,384 are needed")
+    normalisation(config["mean"], config["std"], where)
+    if config.get("kind", "vit") != "vit": return
+    m, held = ModelParams(**config["model"]), sum(v.numel() for v in state.values())
+    asked = m.embed_dim*(3*m.patch_size**2 + m.depth*m.embed_dim*(4 + 2*m.mlp_ratio) + (size//m.patch_size)**2)
+    if m.depth > len(state) or asked > 10**8 + 16*held:
+        raise TypeError(f"depth {m.depth:,} and width {m.embed_dim:,} at {size:,} px need some {asked:,.0f} numbers, and the weights are "
+                        f"{held:,}")
+
 # %% ../../nbs/models/encoders.ipynb #n001
 def configured(
     config:dict, # of an encoder's folder
@@ -121,9 +146,12 @@ def load_encoder(
 )->tuple[nn.Module,dict]: # encoder, configuration
     "An encoder from its folder. Raises `FileNotFoundError`, and `ValueError` naming what does not fit."
     folder = encoder_folder(folder)
-    config = read_config(folder)
-    try: encoder, file = configured(config, **kwargs), folder/"encoder.safetensors"
+    config, file = read_config(folder), folder/"encoder.safetensors"
+    state = {} if config.get("kind") == "histogram" else read_checkpoint(file)
+    try:
+        check_config(config, state, folder/"config.json")
+        encoder = configured(config, **kwargs)
     except (KeyError, TypeError, ValidationError) as e:
         raise ValueError(f"{folder/'config.json'} is no configuration of an encoder ({type(e).__name__}: {e})") from e
-    if encoder.kind != "histogram": load_weights(encoder, read_checkpoint(file), where=file)
+    if encoder.kind != "histogram": load_weights(encoder, state, where=file)
     return suit_attention(encoder, device).to(device), config

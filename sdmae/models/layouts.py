@@ -13,6 +13,7 @@ import math, re
 from pathlib import Path
 import torch
 from torch import Tensor
+from .stored import check_finite
 
 # %% ../../nbs/models/layouts.ipynb #c005
 NAMES = [("encoder_to_decoder", "decoder.embed"), ("mask_token", "decoder.mask_token"), ("decoder.head", "pixels"),
@@ -85,8 +86,9 @@ def chosen_stem(
     "The stem of the encoder to read. Raises `ValueError` where there is none, or where several fit alike."
     stems = stems_of(state)
     fit = [s for s in stems if part is None or f".{part.strip('.')}." in f".{s}"]
-    best = [s for s in fit if rank(s) == min(map(rank, fit))]
-    there = ", ".join(s.rstrip(".") or "(no stem)" for s in stems)
+    least = min(map(rank, fit), default=0)
+    best = [s for s in fit if rank(s) == least]
+    there = ", ".join(s.rstrip(".") or "(no stem)" for s in list(stems)[:9]) + " …"*(len(stems) > 9)
     if stems and not fit: raise ValueError(f"{where} holds no encoder under {part}; there are {there}")
     if len(best) > 1: raise ValueError(f"{where} holds several encoders: {there}. Say which one: part=\"…\", or --part")
     if best: return best[0]
@@ -230,10 +232,11 @@ def encoder_weights(
     where:str|Path="", # named in errors
     part:str|None=None # of `chosen_stem`
 )->tuple[str,dict,dict]: # layout, weights under timm's names, sizes
-    "What a checkpoint holds of a vision transformer. Raises `ValueError` naming what does not fit."
+    "What a checkpoint holds of a vision transformer. Raises `ValueError` naming what does not fit or is not finite."
     stem = chosen_stem(state, where, part)
     layout = layout_at(state, stem)[0]
     state = encoder_part(below(state, stem), where)
+    check_finite(state, where)
     sizes = shape_of(state, where)
     state, positions = positions_of(state, layout, sizes["patch_size"], where)
     return layout, state, sizes | positions | dict(class_token="cls_token" in state, final_norm="norm.weight" in state)
@@ -289,6 +292,7 @@ def encoder_in(
         return told | dict(kind="vit", layout=layout, state=own, sizes=sizes,
                            left_out=left_out(state, stem, {k for k in inside if not k.startswith(HEADS)}))
     arch, own = resnet_weights(inside, kind, where)
+    check_finite(own, where)
     used = {k for k, v in inside.items() if any(v is o for o in own.values())}
     return told | dict(kind="timm", layout="torchvision" if kind == "resnet" else "torchvision, numbered", state=own, arch=arch,
                        left_out=left_out(state, stem, used))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INSTEAD', 'BESIDE', 'WRAPPERS', 'MANY', 'DEEP', 'seen_as', 'no_weights', 'check_file', 'damaged_parts', 'check_zip',
-           'Ignored', 'load_pickled', 'tensors_in', 'unwrapped', 'tensor_fault', 'not_finite', 'check_finite',
-           'weights_in', 'read_safetensors', 'read_checkpoint']
+           'Ignored', 'protocol_of', 'load_pickled', 'fruitful', 'tensors_in', 'unwrapped', 'tensor_fault',
+           'not_finite', 'check_finite', 'weights_in', 'read_safetensors', 'read_checkpoint']
 
 # %% ../../nbs/models/stored.ipynb #c002
 import os, re, zipfile
@@ -91,6 +91,17 @@ class Ignored:
 BESIDE = ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar",
           "numpy._core.multiarray.scalar") # all that a file may hold beside weights
 
+# %% ../../nbs/models/stored.ipynb #n003
+def protocol_of(
+    path:Path # what `torch.save` wrote, zip or not
+)->int:       # 0 where it does not say
+    "The version of pickle that a file begins with."
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as z: head = z.read(next(n for n in z.namelist() if n.endswith("data.pkl")))[:2]
+    else:
+        with open(path, "rb") as f: head = f.read(2)
+    return head[1] if head[:1] == b"\x80" and len(head) == 2 else 0
+
 # %% ../../nbs/models/stored.ipynb #c014
 def load_pickled(
     path:Path # .pth, .pt or .bin
@@ -102,6 +113,9 @@ def load_pickled(
         with torch.serialization.safe_globals([(Ignored, name) for name in BESIDE]), open(path, "rb") as f: # its ending tells nothing
             return torch.load(f, map_location="cpu", weights_only=True)
     except Exception as e: error = e # a damaged file raises whatever comes
+    if (protocol := protocol_of(path)) > 3:
+        raise ValueError(f"{path} is saved with pickle protocol {protocol}, and torch reads none above 3 without running code. Where it "
+                         "was made, save it again without `pickle_protocol`, or by `safetensors.torch.save_file`.")
     code = re.search(r"GLOBAL (\S+) (?:was not|whose)", str(error))
     if code or "TorchScript" in str(error):
         raise ValueError(f"{path} is refused: to read it, code would have to run ({code[1] if code else 'TorchScript'}). Where it was "
@@ -114,12 +128,26 @@ def load_pickled(
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "_orig_mod", "net", "network", "weights", "params")
 MANY, DEEP = 100_000, 5 # names and levels that no honest file has
 
-def tensors_in(held:dict, depth:int=DEEP):
+def fruitful(
+    held:dict,
+    depth:int, # levels below
+    known:dict # of earlier calls: a dict may lie in many places
+)->list:       # name and tensor, or name and such a list
+    "What of nested dicts leads to a tensor, each dict looked at once a level."
+    if (place := (id(held), depth)) not in known:
+        known[place] = []
+        for name, v in held.items():
+            inside = v if isinstance(v, Tensor) else fruitful(v, depth - 1, known) if isinstance(v, dict) and depth else []
+            if isinstance(name, str) and (isinstance(v, Tensor) or inside): known[place].append((name, inside))
+    return known[place]
+
+def tensors_in(held:dict):
     "Name and tensor of all that lie in nested dicts, levels joined by dots."
-    for name, value in held.items():
-        if not isinstance(name, str): continue
-        if isinstance(value, Tensor): yield name, value
-        elif isinstance(value, dict) and depth: yield from ((f"{name}.{k}", v) for k, v in tensors_in(value, depth - 1))
+    def below(found):
+        for name, v in found:
+            if isinstance(v, Tensor): yield name, v
+            else: yield from ((f"{name}.{k}", t) for k, t in below(v))
+    return below(fruitful(held, DEEP, {}))
 
 def unwrapped(state:dict)->dict: # name → tensor
     "The same weights without what stands before all names."
@@ -163,7 +191,6 @@ def weights_in(
     if len(state) > MANY: raise ValueError(f"{where} is refused: it holds more than {MANY:,} names.")
     for name, v in state.items():
         if fault := tensor_fault(v): raise ValueError(f"{where}: {name} {fault}.")
-    check_finite(state, where)
     return unwrapped(state)
 
 # %% ../../nbs/models/stored.ipynb #c022
@@ -180,5 +207,5 @@ def read_checkpoint(
     path = Path(path)
     check_file(path)
     with open(path, "rb") as f: head = f.read(9)
-    pickled = head[:2] in (b"PK", b"\x80\x02") or path.suffix != ".safetensors" and head[8:] != b"{"
+    pickled = head[8:] != b"{" and (path.suffix != ".safetensors" or head[:2] == b"PK" or head[:1] == b"\x80")
     return weights_in(load_pickled(path) if pickled else read_safetensors(path), path)

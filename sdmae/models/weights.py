@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'fit_positions', 'only_weights', 'timm_model', 'from_folder', 'told_by', 'from_file', 'from_timm',
-           'find_encoder', 'check_same', 'choose_heads', 'make_convolutional', 'make_transformer', 'normalisation',
-           'make_encoder', 'free_place', 'import_encoder', 'method_state', 'load_method', 'timm_arguments',
-           'timm_weights', 'exported', 'export_timm', 'arguments', 'choice', 'described', 'main']
+           'find_encoder', 'check_same', 'choose_heads', 'make_convolutional', 'make_transformer', 'make_encoder',
+           'free_place', 'import_encoder', 'method_state', 'load_method', 'timm_arguments', 'timm_weights', 'exported',
+           'free_file', 'export_timm', 'arguments', 'choice', 'described', 'main']
 
 # %% ../../nbs/models/weights.ipynb #c002
-import argparse, json, math, os, sys
+import argparse, json, os, sys
 from contextlib import contextmanager
 from pathlib import Path
 import timm, torch
@@ -22,10 +22,10 @@ from ..params import ModelParams, EncoderForm
 from ..files import sha256, whole
 from ..views.augment import MEAN, STD
 from .convnet import ConvEncoder, check_convolutional
-from .encoders import build_encoder, encoder_folder, load_encoder, load_weights, read_config, save_encoder
+from .encoders import build_encoder, encoder_folder, load_encoder, load_weights, normalisation, read_config, save_encoder
 from .layouts import below, chosen_stem, encoder_in, encoder_weights, layout_at, our_mae_name, our_state
 from .natural import PACKAGED, packaged_network
-from .stored import check_file, read_checkpoint
+from .stored import check_file, check_finite, read_checkpoint
 from .vit import Encoder, position_table
 
 # %% ../../nbs/models/weights.ipynb #c033
@@ -205,14 +205,6 @@ def make_transformer(
     return encoder, dict(image_size=size, model=model.model_dump(), form=form.model_dump(exclude={"image_size"}), imported=made)
 
 # %% ../../nbs/models/weights.ipynb #n008
-def normalisation(mean, std, where:str|Path="")->dict:
-    "Both as lists. Raises `ValueError` where they are not three finite numbers each, or a deviation is not above 0."
-    for name, v in (("mean", mean), ("std", std)):
-        good = isinstance(v, (list, tuple)) and len(v) == 3 and all(isinstance(o, (int, float)) and math.isfinite(o) for o in v)
-        if not good or name == "std" and min(v) <= 0:
-            raise ValueError(f"{where}: {name} {v}: three finite numbers are needed{', above 0' if name == 'std' else ''}")
-    return dict(mean=list(mean), std=list(std))
-
 def make_encoder(
     found:dict,             # of `find_encoder`
     image_size:int=None,    # px; that of the weights when None
@@ -285,6 +277,7 @@ def load_method(
     if missing or unknown or shapes:
         raise ValueError(f"{where} does not fit this {type(method).__name__}. Missing: {missing[:4]}; unknown: {unknown[:4]}; other "
                          f"shapes: {shapes[:4]}")
+    check_finite(state, where)
     method.load_state_dict(state, strict=False)
 
 # %% ../../nbs/models/weights.ipynb #c054
@@ -327,24 +320,41 @@ def timm_weights(
     return state, timm_arguments(config, own or bool(class_token))
 
 # %% ../../nbs/models/weights.ipynb #n009
-def exported(out:Path)->bool:
-    "Is it a file that `export_timm` wrote, so that it may write it again?"
+def exported(out:Path)->tuple[dict,dict]|None: # weights, notes
+    "What a file holds that `export_timm` wrote; None of any other."
     try:
-        with safe_open(out, "pt") as f: return "create_model" in (f.metadata() or {})
-    except Exception: return False # anything may lie there
+        with safe_open(out, "pt") as f:
+            notes = f.metadata() or {}
+            return ({k: f.get_tensor(k) for k in f.keys()}, notes) if "create_model" in notes else None
+    except Exception: return None # anything may lie there
 
+def free_file(
+    out:Path,
+    state:dict, notes:dict, # that are to be written
+    replace:bool            # another export may go
+):
+    "Raises `FileExistsError` where a file would be lost: what is no export, or, unless it may go, an export that holds something else."
+    if not os.path.lexists(out): return
+    if (before := exported(out)) is None: raise FileExistsError(f"{out} is there and is no export: give another name")
+    same = before[1] == notes and before[0].keys() == state.keys() and all(torch.equal(v.cpu(), before[0][k]) for k, v in state.items())
+    if not same and not replace:
+        raise FileExistsError(f"{out} holds the export of another encoder: give another name, or say that it may go, --replace "
+                              "(replace=True)")
+
+# %% ../../nbs/models/weights.ipynb #n011
 def export_timm(
     folder:str|Path,       # of an encoder
     out:str|Path,          # .safetensors
-    class_token:bool=None  # True adds one of zeros to a vision transformer that has none; None: as the encoder is
+    class_token:bool=None, # True adds one of zeros to a vision transformer that has none; None: as the encoder is
+    replace:bool=False     # an export of another encoder in `out`
 )->dict:                   # arguments of `timm.create_model`, `checkpoint_path` among them
     "Write an encoder for timm. Raises `FileExistsError`, `FileNotFoundError`, and `ValueError` naming what cannot be had as asked."
     (encoder, config), out = load_encoder(folder), Path(out)
     if out.suffix != ".safetensors": raise ValueError(f"{out}: timm tells a file by its ending, which has to be .safetensors")
-    if os.path.lexists(out) and not exported(out): raise FileExistsError(f"{out} is there and is no export: give another name")
     state, args = timm_weights(encoder, config, class_token, folder)
     said = dict(create_model=args, **{k: config[k] for k in ("mean", "std", "image_size")})
     notes = dict(format="pt", kind=encoder.kind, **{k: json.dumps(v) for k, v in said.items()})
+    free_file(out, state, notes, replace)
     with whole(out) as part: save_file({k: v.contiguous() for k, v in state.items()}, part, metadata=notes)
     return args | dict(checkpoint_path=str(out))
 
@@ -367,6 +377,7 @@ def arguments():
     p.add_argument("folder", help="runs/sdmae-0, say")
     p.add_argument("out", help="FILE.safetensors")
     p.add_argument("--class-token", action="store_true", default=None, help="add a class token of zeros where there is none")
+    p.add_argument("--replace", action="store_true", help="an export of another encoder in the file may go")
     return parser
 
 # %% ../../nbs/models/weights.ipynb #s000
@@ -396,7 +407,7 @@ def main(
             config = import_encoder(a.source, a.out, a.num_heads, a.image_size, a.mean, a.std, a.part, a.replace)
             print(f"{a.out}: {described(config)}")
         else:
-            args = export_timm(a.folder, a.out, a.class_token)
+            args = export_timm(a.folder, a.out, a.class_token, a.replace)
             print(f"timm.create_model({', '.join(f'{k}={v!r}' for k, v in args.items())})")
     except (ValueError, OSError) as e: print(e, file=sys.stderr); return 2
     return 0

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['NCT', 'PCAM', 'SETS', 'WARWICK', 'FOLDS', 'LOCAL', 'PASSING', 'STAYING', 'TIMEOUT', 'TRIES', 'STEP', 'LONGEST',
            'ZENODO', 'Remote', 'Dataset', 'table', 'listed', 'check_address', 'Redirects', 'Again', 'wait_asked',
-           'faults', 'ask', 'patiently', 'record_of', 'remotes_of', 'credit', 'digest_of', 'is_there', 'need_room',
-           'Part', 'fetch', 'pieces', 'same_content', 'unpack', 'offered', 'download', 'main']
+           'faults', 'ask', 'patiently', 'record_of', 'inner', 'remotes_of', 'credit', 'digest_of', 'no_dangling',
+           'is_there', 'need_room', 'Part', 'fetch', 'pieces', 'same_content', 'unpack', 'only_unpacked', 'offered',
+           'download', 'main']
 
 # %% ../../nbs/sources/download.ipynb #c002
-import argparse, gzip, hashlib, json, re, shutil, ssl, sys, time, zlib
+import argparse, gzip, hashlib, json, os, re, shutil, ssl, sys, time, zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -226,22 +227,32 @@ def record_of(
     except ValueError as e:
         if not isinstance(e, (json.JSONDecodeError, UnicodeDecodeError)): raise
         raise ValueError(f"{url}: the answer is not Zenodo's. Is a proxy or login page between?") from e
-    if not isinstance(record, dict) or not record.get("files"): raise ValueError(f"{url}: the record lists no files. Are they restricted?")
-    return record
+    files = record.get("files") if isinstance(record, dict) else None
+    if files and isinstance(files, list) and all(isinstance(f, dict) for f in files): return record
+    raise ValueError(f"{url}: the record lists no files. Are they restricted?")
 
 # %% ../../nbs/sources/download.ipynb #c028
+def inner(
+    described:dict, # by a server
+    key:str,
+    kind:type=dict  # or list
+):  # empty where there is none of that kind
+    "A part of a description; servers write null, or leave it out, where nothing is known."
+    return v if isinstance(v := described.get(key), kind) else kind()
+
 def remotes_of(
     record:dict,
     names:tuple[str,...] # of the files that are wanted
 )->list[Remote]:
-    "Files of a record. Raises `ValueError` where one is missing, or comes without size or hash."
+    "Files of a record. Raises `ValueError` where one is missing, or comes without address, size or hash."
     there = {f.get("key"): f for f in record["files"]}
     for n in names:
         if n not in there: raise ValueError(f"Zenodo record {record.get('id')} has no {n} any more; it has {', '.join(map(str, there))}.")
-    out = [Remote(f["key"], f.get("links", {}).get("self", ""), f.get("size"), (f.get("checksum") or "").lower())
+    out = [Remote(f["key"], str(inner(f, "links").get("self") or ""), f.get("size"), str(f.get("checksum") or "").lower())
            for f in (there[n] for n in names)]
     for r in out:
-        if type(r.size) is not int or not re.fullmatch("(md5|sha256|sha512):[0-9a-f]+", r.digest):
+        if not r.url: raise ValueError(f"Zenodo record {record.get('id')} gives no address of {r.name}: look at the publisher's page.")
+        if type(r.size) is not int or r.size < 0 or not re.fullmatch("(md5|sha256|sha512):[0-9a-f]+", r.digest):
             raise ValueError(f"Zenodo record {record.get('id')} gives no size or no hash of {r.name}: it cannot be checked, so it is not "
                              "taken.")
     return out
@@ -253,12 +264,13 @@ def credit(
 )->str:
     "Title, licence and citation, as the publisher gives them."
     if record is None: return f"{d.title}\nlicence: {d.licence}\nplease cite: {d.cite}"
-    about = record.get("metadata", {})
-    names = [c.get("name", "") for c in about.get("creators", [])]
+    about = inner(record, "metadata")
+    names = [str(c["name"]) for c in inner(about, "creators", list) if isinstance(c, dict) and c.get("name")] or ["authors not named"]
     who = "; ".join(names[:3]) + (" et al." if len(names) > 3 else "")
-    said = (about.get("license") or {}).get("id") or "nothing"
-    return (f"{d.title}\nlicence: {d.licence}; the record says {said}\nplease cite: {who} ({about.get('publication_date', '')[:4]}). "
-            f"{about.get('title')}. https://doi.org/{about.get('doi') or record.get('doi')}")
+    said = inner(about, "license").get("id") or "nothing"
+    year = str(about["publication_date"])[:4] if about.get("publication_date") else "no year"
+    return (f"{d.title}\nlicence: {d.licence}; the record says {said}\nplease cite: {who} ({year}). {about.get('title') or d.title}. "
+            f"https://doi.org/{about.get('doi') or record.get('doi')}")
 
 # %% ../../nbs/sources/download.ipynb #c032
 def digest_of(
@@ -270,10 +282,16 @@ def digest_of(
     with open(path, "rb") as f: return f"{kind}:{hashlib.file_digest(f, kind).hexdigest()}"
 
 # %% ../../nbs/sources/download.ipynb #t002
+def no_dangling(path:Path):
+    "Raises `FileExistsError` for a link that leads nowhere: what is written would take its place, or appear elsewhere."
+    if path.is_symlink() and not path.exists():
+        raise FileExistsError(f"{path} is a link to {os.readlink(path)}, which does not exist. Move it away: nothing is overwritten.")
+
 def is_there(
     path:Path, remote:Remote
 )->bool:
-    "Whether the file has come before. Raises `FileExistsError` where another file has its name."
+    "Whether the file has come before. Raises `FileExistsError` where another file, or a link to nothing, has its name."
+    no_dangling(path)
     if not path.exists(): return False
     found = "a folder" if path.is_dir() else f"{path.stat().st_size:,} bytes"
     if path.is_file() and remote.size in (None, path.stat().st_size):
@@ -309,12 +327,13 @@ class Part:
 # %% ../../nbs/sources/download.ipynb #c036
 @patch
 def begin(self:Part)->dict: # what the note says
-    "The note of a part that can go on, else a new one. Raises `FileExistsError` for a part that has no note."
+    "The note of a part that can go on, else a new one. Raises `FileExistsError` for a part that has no note, or is a link."
     r = self.remote
     want = dict(url=r.url, size=r.size, digest=r.digest)
     try: said = {"url":None, "size":None, "digest":None, "etag":"", **json.loads(self.note.read_text(encoding="utf8"))}
     except (OSError, ValueError, TypeError): said = None
-    if said is None and self.path.exists(): raise FileExistsError(f"{self.path} is there, and not from this command. Move it away.")
+    if self.path.is_symlink() or said is None and self.path.exists():
+        raise FileExistsError(f"{self.path} is there, and not from this command. Move it away.")
     same = said and (said["url"], said["digest"]) == (r.url, r.digest) and r.size in (None, said["size"])
     if same and self.has <= (said["size"] or 0): return said
     if self.has: print(f"{self.path} belongs to {said['url']} as it was then: begun anew", file=sys.stderr)
@@ -397,7 +416,7 @@ def finish(self:Part)->Path: # the file
                          "command begins anew. If that happens again, the server's file is damaged.")
     sync(self.path)
     path = self.folder/self.remote.name
-    if path.exists(): raise FileExistsError(f"{path} has appeared meanwhile. Move it or {self.path} away.")
+    if os.path.lexists(path): raise FileExistsError(f"{path} has appeared meanwhile. Move it or {self.path} away.")
     self.path.rename(path); self.note.unlink()
     return path
 
@@ -439,6 +458,7 @@ def unpack(
 )->Path:            # NAME
     "The file that a .gz holds, whole or not at all. Raises `ValueError` beyond `limit`, `FileExistsError` where another has its name."
     path, size = archive.with_suffix(""), 0
+    no_dangling(path)
     if path.exists():
         if path.is_file() and same_content(path, archive): print(f"{path} is there, as published"); return path
         raise FileExistsError(f"{path} is there, but is not what {archive.name} holds. Move it away: nothing is overwritten.")
@@ -448,6 +468,17 @@ def unpack(
             if size > limit: raise ValueError(f"{archive} holds more than {limit:,} bytes, which the whole set has: it is not unpacked.")
             f.write(block); bar.update(len(block))
     return path
+
+# %% ../../nbs/sources/download.ipynb #n001
+def only_unpacked(
+    archive:Path # NAME.gz, or any other name
+)->bool:
+    "Whether NAME is there and its archive is not, nor a part of it; then it is said that nothing is compared."
+    path = archive.with_suffix("")
+    if archive.suffix != ".gz" or not path.is_file() or any(os.path.lexists(f"{archive}{o}") for o in ("", ".part")): return False
+    print(f"{path} is there and {archive.name} is not: left as it is, not compared with what is published. Remove it to get both again.",
+          flush=True)
+    return True
 
 # %% ../../nbs/sources/download.ipynb #c052
 def offered(
@@ -474,12 +505,14 @@ def download(
     remotes = offered(d, base, timeout, **patience)
     folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder/".lock", str(folder), wait=1):
-        missing = [r for r in remotes if not is_there(folder/r.name, r)]
+        left = {r.name for r in remotes if d.unpacked and only_unpacked(folder/r.name)}
+        wanted = [r for r in remotes if r.name not in left]
+        missing = [r for r in wanted if not is_there(folder/r.name, r)]
         zipped = [r.name for r in remotes if d.unpacked and r.name.endswith(".gz")]
         whole_yet = all((folder/n).with_suffix("").exists() for n in zipped)
         need_room(folder, sum((r.size or 0) - Part(r, folder).has for r in missing) + (0 if whole_yet else d.unpacked))
-        files = [fetch(r, folder, timeout, **patience) if r in missing else folder/r.name for r in remotes]
-        return files + [unpack(folder/n, d.unpacked) for n in zipped]
+        files = [fetch(r, folder, timeout, **patience) if r in missing else folder/r.name for r in wanted]
+        return files + [(folder/n).with_suffix("") if n in left else unpack(folder/n, d.unpacked) for n in zipped]
 
 # %% ../../nbs/sources/download.ipynb #c055
 def main(
