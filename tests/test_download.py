@@ -314,7 +314,7 @@ def test_links_that_lead_nowhere_are_kept(server, tmp_path):
     with pytest.raises(FileExistsError, match="x.h5 is a link"): unpack(tmp_path/"x.h5.gz", len(BODY))
 
 @pytest.mark.parametrize("about, cited", [
-    (None, "authors not named (no year). Tiny set."), (dict(creators=None, publication_date=None, license=None, title=None), "authors not named (no year). Tiny set."), ([1], "authors not named"),
+    (None, "authors not named (no year). Tiny set. https://zenodo.org/records/7\n"), (dict(creators=None, publication_date=None, license=None, title=None), "authors not named (no year). Tiny set."), ([1], "authors not named"),
     (dict(creators=[None, dict(name=None), dict(name="Kather")], publication_date=2018, license="cc"), "Kather (2018). Tiny set.")])
 def test_records_that_say_little(server, tmp_path, capsys, about, cited):
     zenodo(server, said=record(server, FILES, metadata=about))

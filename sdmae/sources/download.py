@@ -268,9 +268,10 @@ def credit(
     names = [str(c["name"]) for c in inner(about, "creators", list) if isinstance(c, dict) and c.get("name")] or ["authors not named"]
     who = "; ".join(names[:3]) + (" et al." if len(names) > 3 else "")
     said = inner(about, "license").get("id") or "nothing"
+    doi = about.get("doi") or record.get("doi")
     year = str(about["publication_date"])[:4] if about.get("publication_date") else "no year"
     return (f"{d.title}\nlicence: {d.licence}; the record says {said}\nplease cite: {who} ({year}). {about.get('title') or d.title}. "
-            f"https://doi.org/{about.get('doi') or record.get('doi')}")
+            f"https://{f'doi.org/{doi}' if doi else f'zenodo.org/records/{d.record}'}")
 
 # %% ../../nbs/sources/download.ipynb #c032
 def digest_of(
