@@ -592,6 +592,44 @@ def test_csv_columns_that_nobody_reads_are_told(tmp_path):
     assert write(tmp_path, text).notes[1] == "warning: columns that are not used: patient_id, stain; one that says who belongs together must be called group"
     assert write(tmp_path/"b", text.replace("patient_id", "scanner")).notes[1] == "columns that are not used: scanner, stain"
 
+@pytest.mark.parametrize("column, other", [("Group ID","group"), ("groups","group"), ("MRN","group"), ("pid","group"), ("set","split"), ("Fold","split")])
+def test_csv_columns_that_mean_a_group_or_split_are_warned_of(tmp_path, column, other):
+    text = ROWS.replace("path,label", f"path,label,{column}").replace("a\n", "a,1\n").replace("b\n", "b,2\n")
+    note = write(tmp_path, text).notes[1]
+    assert note.startswith(f"warning: columns that are not used: {column.lower()}; one that says") and note.endswith(f"must be called {other}")
+    filled = text.replace(f"label,{column}", f"label,{column},group").replace(",1\n", ",1,P1\n").replace(",2\n", ",2,P2\n")
+    if other == "group": # an empty column says nothing
+        assert "must be called group" in write(tmp_path/"b", filled.replace(",P1", ",").replace(",P2", ",")).notes[1]
+
+def test_groups_of_some_rows_only_are_warned_of(tmp_path):
+    rows = [f"{i}.png,{'ab'[i%2]},{f'P{i//4}' if i < 12 else ''}\n" for i in range(24)]
+    s = write(tmp_path, "path,label,group\n" + "".join(rows))
+    assert "warning: 12 of 24 tiles have no group, the first is 12.png; each counts as a patient or slide of its own" in s.notes
+
+def test_csv_with_excels_separator_line(tmp_path):
+    text = "sep=;\n" + ROWS.replace(",", ";")
+    assert [(r.path, r.label) for r in write(tmp_path, text).records] == [(r.path, r.label) for r in write(tmp_path/"b", ROWS).records]
+
+def test_csv_decimals_are_names_of_their_own(tmp_path):
+    s = write(tmp_path, "path,label\n" + "".join(f"{i}.png,{('1.1','1.10')[i%2]}\n" for i in range(24)))
+    assert s.classes == ["1.1", "1.10"] and "warning: classes that may be the same: '1.1' and '1.10'" in s.notes
+    assert open_source(params(put(tmp_path/"f", tiles(8, ["1.1", "1.10"])))).classes == ["1.1", "1.10"]
+
+@pytest.mark.parametrize("other", ["P\u20131", "P\u20111", "\uff30-\uff11", "P \u2014 1", "p_01"])
+def test_groups_that_look_alike(tmp_path, other):
+    rows = "".join(f"{i}.png,{'ab'[i%2]},{('P-1','Q',other)[i//8]},{('train','valid','test')[i//8]}\n" for i in range(24))
+    assert f"warning: groups that may be the same: 'P-1' and {other!r}" in write(tmp_path, "path,label,group,split\n" + rows).notes
+    with pytest.raises(ValueError, match="group 'P-1' is in train and test"): write(tmp_path/"b", "path,label,group,split\n" + rows.replace(other, "\u202aP-1\u2069"))
+
+def test_a_label_folder_that_nobody_sees(tmp_path):
+    with pytest.raises(ValueError, match="label folder .* cannot be seen"): open_source(params(put(tmp_path, tiles(8, ["\u200b", "b", "c"]))))
+
+def test_hidden_folders_are_not_entered(tmp_path):
+    put(tmp_path, {**tiles(8), ".venv/lib/x.png":image(), "a/.old/0.png":image()})
+    (tmp_path/".venv"/"lib64").symlink_to("lib"); (tmp_path/".root").symlink_to("/")
+    s = open_source(params(tmp_path))
+    assert len(s.records) == 16 and s.notes[1:] == ["hidden folders, not entered: 3; the first is .root/"]
+
 def test_labels_that_pandas_would_eat(tmp_path):
     file = table(tmp_path, 20)
     file.write_text(file.read_text().replace(",a\n", ",NA\n").replace(",b\n", ",None\n"))

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'NCT_CLASSES', 'PCAM_CLASSES', 'NCT_TRAIN', 'NCT_TEST', 'NCT_TILES', 'PCAM_TILES', 'PCAM_LABELS',
-           'GROUP_LIKE', 'ADAPTERS', 'parse_layout', 'nct_name', 'visible', 'below', 'nct', 'read_h5', 'check_written',
-           'read_table', 'pcam', 'beside', 'folder', 'read_rows', 'spelled', 'once', 'found_files', 'csv', 'draw_plain',
-           'deal', 'uneven', 'draw_even', 'assign_splits', 'check_groups', 'limit_splits', 'few_groups', 'check_splits',
-           'drop', 'drawn_splits', 'open_source']
+           'GROUP_LIKE', 'GROUP_WORDS', 'SPLIT_WORDS', 'ADAPTERS', 'parse_layout', 'nct_name', 'visible', 'below',
+           'nct', 'read_h5', 'check_written', 'read_table', 'pcam', 'beside', 'folder', 'unread', 'read_rows',
+           'spelled', 'once', 'found_files', 'csv', 'draw_plain', 'deal', 'uneven', 'draw_even', 'assign_splits',
+           'without_group', 'check_groups', 'limit_splits', 'few_groups', 'check_splits', 'drop', 'drawn_splits',
+           'open_source']
 
 # %% ../../nbs/sources/publishers.ipynb #c002
 import os, re, unicodedata
@@ -46,6 +47,7 @@ def parse_layout(
         if seen.setdefault("form", form) != form:
             raise ValueError(f"{place}: {n} and {seen['name']} are laid out differently; expected [split/]label/image everywhere. Patients "
                              "may be told in a CSV, in a column group.")
+        if not label: raise ValueError(f"{place}: {n}: the name of its label folder {parents[-1]!r} cannot be seen. Rename the folder.")
         if label.lower() in SPLIT_NAMES:
             raise ValueError(f"{place}: {n}: the folder of a label is called {label!r}; expected [split/]label/image.")
         seen.setdefault("name", n); out.append((split, label))
@@ -298,8 +300,23 @@ def folder(
     return Source(data.name, records, classes, is_synthetic(path), notes + left + more + beside(path))
 
 # %% ../../nbs/sources/publishers.ipynb #c026
-GROUP_LIKE = ("patient", "slide", "case", "subject", "wsi", "person", "donor")
+GROUP_LIKE = ("patient", "slide", "case", "subject", "wsi", "person", "donor", "group", "participant", "specimen") # part of a name
+GROUP_WORDS, SPLIT_WORDS = {"mrn", "pid"}, {"split", "splits", "fold", "folds", "set", "subset", "partition"}       # words of a name
 
+def unread(
+    rows:pd.DataFrame # of a CSV
+)->list[str]:         # notes
+    "Columns that nobody reads; a warning where one seems to say who belongs together, or in which split, and its own column says nothing."
+    unused = [c for c in rows.columns if c not in ("path", "label", "group", "split", "centre") and not c.startswith("unnamed:")]
+    if not unused: return []
+    says = lambda c: c in rows and rows[c].map(tidy).ne("").any()
+    words = {w for c in unused for w in re.split(r"[\W_]+", c)}
+    grouped = any(w in c for c in unused for w in GROUP_LIKE) or words & GROUP_WORDS
+    told = ["; one that says who belongs together must be called group"]*bool(grouped and not says("group"))
+    told += ["; one that says in which split a tile is must be called split"]*bool(words & SPLIT_WORDS and not says("split"))
+    return ["warning: "*bool(told) + f"columns that are not used: {', '.join(unused)}" + "".join(told)]
+
+# %% ../../nbs/sources/publishers.ipynb #n002
 def read_rows(
     path:Path # a CSV
 )->tuple[pd.DataFrame, list[str]]: # columns path, label, group, split, centre, all text; notes
@@ -309,10 +326,7 @@ def read_rows(
     lacking = {"path","label"} - set(rows.columns)
     if lacking: raise ValueError(f"{path}: column {sorted(lacking)[0]!r} is missing; there are {list(rows.columns)}.")
     if not len(rows): raise ValueError(f"{path}: no row in it, so no class.")
-    unused = [c for c in rows.columns if c not in ("path", "label", "group", "split", "centre") and not c.startswith("unnamed:")]
-    notes = [f"columns that are not used: {', '.join(unused)}"]*bool(unused)
-    if "group" not in rows and any(w in c for c in unused for w in GROUP_LIKE):
-        notes = [f"warning: {notes[0]}; one that says who belongs together must be called group"]
+    notes = unread(rows)
     for c in ("group","split","centre"):
         if c not in rows: rows[c] = ""
     for c in ("path","label"):
@@ -445,6 +459,15 @@ def assign_splits(
     return even if there(even) > there(drawn) else drawn
 
 # %% ../../nbs/sources/publishers.ipynb #c034
+def without_group(
+    records:list[Record]
+)->list[str]:            # warnings
+    "Warns where some tiles have a group and others none."
+    bare = [r for r in records if not r.group]
+    if len(bare) in (0, len(records)): return []
+    return [f"warning: {len(bare)} of {len(records)} tiles have no group, the first is {bare[0].path}; each counts as a patient or slide "
+            "of its own"]
+
 def check_groups(
     records:list[Record],
     publisher:bool       # the split is the publisher's
@@ -554,7 +577,7 @@ def open_source(
     records, classes = drop(source.records, source.classes, data.drop_classes)
     if data.drop_classes: notes.append(f"dropped {', '.join(data.drop_classes)}: {len(records)} tiles in {len(classes)} classes left")
     records, drawn, more = drawn_splits(records, data)
-    notes += more + check_groups(records, source.publisher)
+    notes += more + without_group(records) + check_groups(records, source.publisher)
     if data.limit: records = limit_splits(records, data.limit, data.seed)
     if data.limit: notes.append(f"limited to {data.limit} tiles a split: {len(records)} tiles left")
     try: notes += check_splits(records, classes, path, drawn)
