@@ -115,7 +115,8 @@ def shallow(
 ):
     "`Unfit` for pixels deeper than 8 bits: what is black and what white is for their owner to say."
     signed = im.format == "TIFF" and not {1, 4}.issuperset(np.atleast_1d(im.tag_v2.get(339, 1)).tolist()) # or floating point
-    if signed or im.mode[0] in "IF" or ";16" in str(im.tile): # Pillow would halve 16-bit colour in silence
+    deep = ";16" in str(im.tile) and im.format not in ("BMP", "DIB") # a channel, which Pillow would halve in silence; a BMP's are 5-6-5
+    if signed or im.mode[0] in "IF" or deep:
         raise Unfit(f"{path}: more than 8 bits a channel, or signed ({im.mode}). Say which values are black and white, and save it with 8 "
                     "bits.")
 
@@ -257,7 +258,8 @@ def open_zip(
 def walk(
     folder:Path
 )->tuple[list[str],...]: # names of files, of odd things, of links that lead back, of empty folders
-    "What is below a folder, links followed; odd are links to nothing, and hidden folders, which end in / and are not entered; `ValueError` where one folder is reached twice."
+    """What is below a folder, links followed; hidden folders are odd, too, end in / and are not entered. `ValueError` where one folder
+    is reached twice."""
     files, odd, back, empty = [], [], [], []
     same = lambda p: (s := os.stat(p)) and (s.st_dev, s.st_ino)
     todo, reached = [(folder, "", {same(folder)})], {same(folder): "."}

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'NCT_CLASSES', 'PCAM_CLASSES', 'NCT_TRAIN', 'NCT_TEST', 'NCT_TILES', 'PCAM_TILES', 'PCAM_LABELS',
            'GROUP_LIKE', 'GROUP_WORDS', 'SPLIT_WORDS', 'ADAPTERS', 'parse_layout', 'nct_name', 'visible', 'below',
-           'nct', 'read_h5', 'check_written', 'read_table', 'pcam', 'beside', 'folder', 'unread', 'read_rows',
-           'spelled', 'once', 'found_files', 'csv', 'draw_plain', 'deal', 'uneven', 'draw_even', 'assign_splits',
-           'without_group', 'check_groups', 'limit_splits', 'few_groups', 'check_splits', 'drop', 'drawn_splits',
-           'open_source']
+           'nct', 'read_h5', 'check_written', 'read_table', 'no_valid', 'pcam', 'beside', 'folder', 'unread',
+           'read_rows', 'spelled', 'once', 'image_folder', 'found_files', 'csv', 'draw_plain', 'deal', 'uneven',
+           'draw_even', 'assign_splits', 'without_group', 'check_groups', 'limit_splits', 'few_groups', 'check_splits',
+           'drop', 'lopsided', 'drawn_splits', 'open_source']
 
 # %% ../../nbs/sources/publishers.ipynb #c002
 import os, re, unicodedata
@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 import h5py, numpy as np, pandas as pd
 from .cbis import cbis
 from ..data.copies import bound
-from ..data.records import MAX_BYTES, MAX_PIXELS, Record, SPLITS, SYNTHETIC, Source, Unfit, csv_rows, draw_share, is_synthetic, joined
+from ..data.records import MAX_BYTES, Record, SPLITS, SYNTHETIC, Source, Unfit, csv_rows, draw_share, is_synthetic, joined
 from ..data.records import list_images, look_alikes, named, quotas, read_image, tidy
 from ..params import DataParams, project_root
 
@@ -225,7 +225,7 @@ def _pcam_h5(folder, split):
     stem = f"camelyonpatch_level_2_split_{split}"
     file = folder/f"{stem}_x.h5"
     x = _h5_array(file, "x")
-    if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != np.uint8 or x.shape[1]*x.shape[2] > MAX_PIXELS:
+    if x.shape[1:] != (96, 96, 3) or x.dtype != np.uint8: # before anything of so many rows is made
         raise ValueError(f"{file}: x is {x.dtype} {x.shape}, expected uint8 (N, 96, 96, 3).")
     y = _pcam_labels(folder/f"{stem}_y.h5", len(x))
     check_written(file, x)
@@ -259,6 +259,11 @@ def _pcam_official(path):
 PCAM_LABELS = {"0":"normal", "normal":"normal", "1":"tumor", "tumor":"tumor", "tumour":"tumor"}
 
 # %% ../../nbs/sources/publishers.ipynb #c022
+def no_valid(records:list[Record])->list[str]: # warnings
+    "PatchCamelyon is published with three splits; says so where valid is not there."
+    if any(r.split == "valid" for r in records): return []
+    return ["warning: the publisher's valid split is missing; another one is drawn from train"]
+
 def pcam(
     path:Path, data:DataParams
 )->Source: # not yet split further
@@ -270,13 +275,13 @@ def pcam(
                          "data.path.")
     if places:
         records, synthetic, notes = _pcam_official(places[0])
-        return Source(data.name, records, PCAM_CLASSES, synthetic, notes, publisher=True)
+        return Source(data.name, records, PCAM_CLASSES, synthetic, notes + no_valid(records), publisher=True)
     source, records = folder(path, data), []
     for r in source.records:
         label = PCAM_LABELS.get(re.sub(r"\.0+$", "", r.label.lower()))
         if label is None: raise ValueError(f"{r.path}: label {r.label!r} is out of range; expected 0 or 1, normal or tumor.")
         records.append(replace(r, label=label))
-    return replace(source, records=records, classes=PCAM_CLASSES, publisher=True)
+    return replace(source, records=records, classes=PCAM_CLASSES, notes=source.notes + no_valid(records), publisher=True)
 
 # %% ../../nbs/sources/publishers.ipynb #c024
 def beside(path:Path)->list[str]: # warnings
@@ -362,16 +367,24 @@ def once(
     return rows.drop(again), [f"warning: rows that name a file a second time, left out: {len(again)}; the first is row {again[0]}"]
 
 # %% ../../nbs/sources/publishers.ipynb #c027
-def found_files(
+def image_folder(
     rows:pd.DataFrame, path:Path # the CSV
-)->pd.DataFrame:                 # path as the disk has it; file, absolute, links followed
+)->Path:
+    "What paths are relative to: the CSV's folder; where the CSV is a link and the first image is not beside it, its target's."
+    target = path.resolve().parent
+    return path.parent if spelled(path.parent, rows.path.iloc[0]) or not spelled(target, rows.path.iloc[0]) else target
+
+def found_files(
+    rows:pd.DataFrame, path:Path, # the CSV
+    place:Path                    # as `image_folder`
+)->pd.DataFrame:                  # path as the disk has it; file, absolute, links followed
     "`FileNotFoundError` naming the first row whose image is not there."
-    names = [spelled(path.parent, p) for p in rows.path]
+    names = [spelled(place, p) for p in rows.path]
     if None in names:
         i = names.index(None)
         raise FileNotFoundError(f"{path}: row {rows.index[i]} names {rows.path.iloc[i]}, which is not there; {names.count(None)} of "
                                 f"{len(rows)} rows name such files.")
-    return rows.assign(path=names, file=[os.path.realpath(path.parent/n) for n in names])
+    return rows.assign(path=names, file=[os.path.realpath(place/n) for n in names])
 
 def csv(
     path:Path, data:DataParams
@@ -379,10 +392,11 @@ def csv(
     "A CSV with path (relative to it) and label, optionally group, split and centre; errors as `read_rows`, `found_files` and `once`."
     rows, notes = read_rows(path)
     for c in ("label", "group"): rows[c], more = joined(rows[c].tolist(), c); notes += more
-    rows, more = once(found_files(rows, path), path)
+    place = image_folder(rows, path)
+    rows, more = once(found_files(rows, path, place), path)
     notes += more + look_alikes(rows.group[rows.group != ""], "groups")
-    records = [Record(r.path, r.label, r.split, r.group, r.centre, partial(read_image, path.parent, r.path, r.path),
-                      file=(path.parent, r.path)) for r in rows.itertuples(index=False)]
+    records = [Record(r.path, r.label, r.split, r.group, r.centre, partial(read_image, place, r.path, r.path),
+                      file=(place, r.path)) for r in rows.itertuples(index=False)]
     classes = sorted({r.label for r in records})
     return Source(data.name, records, classes, False, [f"read {len(records)} tiles in {len(classes)} classes from {path}", *notes])
 
@@ -550,6 +564,19 @@ def drop(
     return [r for r in records if r.label in left], left
 
 # %% ../../nbs/sources/publishers.ipynb #c041
+def lopsided(
+    records:list[Record], pool:list[int], # drawn, and their places
+    valid_fraction:float, three:bool      # whether test was drawn, too
+)->list[str]:                             # warnings
+    "Warns of drawn splits of more than twice their share, or less than half of it."
+    if not pool: return []
+    v, counts = valid_fraction, Counter(records[i].split for i in pool)
+    shares = dict(train=(1-v)**2, valid=v*(1-v), test=v) if three else dict(train=1-v, valid=v)
+    off = [f"{s} has {counts[s]} of {len(pool)} tiles, {counts[s]/len(pool):.0%} instead of {share:.0%}" for s, share in shares.items()
+           if not .5*share <= counts[s]/len(pool) <= 2*share]
+    why = "groups stay whole, and differ in size" if any(records[i].group for i in pool) else "each class has a tile in each, if it can"
+    return [f"warning: the drawn split is uneven: {'; '.join(off)}; {why}"]*bool(off)
+
 def drawn_splits(
     records:list[Record], data:DataParams
 )->tuple[list[Record], set, list[str]]: # records, splits that were drawn, notes
@@ -562,7 +589,8 @@ def drawn_splits(
     n = sum(g != records[i].group for i, g in groups.items())
     told = assign_splits([replace(r, group=groups.get(i, r.group)) for i, r in enumerate(records)], data.valid_fraction, data.seed)
     records = [replace(r, split=t.split) for r, t in zip(records, told)]
-    return records, drawn, [f"{n} tiles are equal files, or of groups that share one; the split keeps them together"]*bool(n)
+    notes = [f"{n} tiles are equal files, or of groups that share one; the split keeps them together"]*bool(n)
+    return records, drawn, notes + lopsided(records, pool, data.valid_fraction, "test" in drawn)
 
 # %% ../../nbs/sources/publishers.ipynb #d006
 def open_source(
@@ -581,5 +609,7 @@ def open_source(
     if data.limit: records = limit_splits(records, data.limit, data.seed)
     if data.limit: notes.append(f"limited to {data.limit} tiles a split: {len(records)} tiles left")
     try: notes += check_splits(records, classes, path, drawn)
-    except ValueError as e: raise ValueError(" ".join([str(e), *(s.replace("warning: c", "C") + "." for s in same)])) from None
+    except ValueError as e:
+        told = [n.removeprefix("warning: ") for n in (*same, *source.notes) if n in same or n.startswith("warning:") and "not read" in n]
+        raise ValueError(" ".join([str(e), *(n[0].upper() + n[1:] + "." for n in told)])) from None
     return replace(source, records=records, classes=classes, notes=notes)
