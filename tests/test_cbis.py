@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pydicom, pytest
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, RLELossless
+from pydicom.encaps import encapsulate
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
 from skimage.measure import regionprops
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -382,7 +383,8 @@ def test_other_spellings_say_the_same(tmp_path, published, change):
     assert seen(open_source(params(put(tmp_path, files)))) == published
 
 @pytest.mark.parametrize("rename", [lambda k: k.replace("_set.csv", "_set (1).csv"), lambda k: k.replace("mass_case_description", "Mass case-description"),
-                                    lambda k: k.replace("Mass-Test_P_00", "mass-test_p_00").replace("LEFT_CC", "left_cc"), lambda k: k.replace("_MASK_1", "_MASK_01"), lambda k: f"deep/er/{k}"])
+                                    lambda k: k.replace("Mass-Test_P_00", "mass-test_p_00").replace("LEFT_CC", "left_cc"), lambda k: k.replace("_MASK_1", "_MASK_01"), lambda k: f"deep/er/{k}",
+                                    lambda k: k.replace("_FULL.png", "_FULL (1).png").replace("_MASK_1.png", "_MASK_1(2).png")])
 def test_other_names_say_the_same(tmp_path, published, rename):
     files = {rename(k): v for k, v in repacked(ROWS).items()}
     s = open_source(params(put(tmp_path, files)))
@@ -480,6 +482,22 @@ def test_small_slopes_keep_their_scale():
     (lambda: dicom(DEEP, compressed=True).replace(b"1.2.840.10008.1.2.5", b"1.2.840.10008.1.2.9"), "truncated, or not a DICOM"), (lambda: b"", "truncated, or not a DICOM"), (lambda: encode(DEEP, "PNG"), "truncated, or not a DICOM")])
 def test_dicom_that_is_refused(tmp_path, data, message):
     with pytest.raises(ValueError, match=f"^a.dcm: .*{message}"): grey(tmp_path, data())
+
+def test_packed_pixels_that_promise_too_little_or_too_much(tmp_path):
+    "A megabyte of RLE for 42 × 50 px, and a JPEG of another size than the header says; the same JPEG of the right size is read."
+    d = pydicom.dcmread(io.BytesIO(dicom(DEEP, compressed=True)))
+    d.PixelData = encapsulate([np.array([2, 64, 2**19] + [0]*13, "<u4").tobytes() + b"\x81\0"*2**19])
+    d.save_as(out := io.BytesIO())
+    with pytest.raises(ValueError, match="holds 1,.* bytes of pixels, its header declares 4,200"): grey(tmp_path, out.getvalue())
+    for form, syntax in (("JPEG", JPEGBaseline8Bit), ("JPEG2000", JPEG2000Lossless)):
+        for shape, fits in (((42, 50), True), ((420, 500), False)):
+            d = pydicom.dcmread(io.BytesIO(dicom(np.zeros((42, 50), np.uint8))))
+            d.file_meta.TransferSyntaxUID, d.PixelData = syntax, encapsulate([encode(np.full(shape, 90, np.uint8), form)])
+            d["PixelData"].VR = "OB"; d["PixelData"].is_undefined_length = True
+            d.save_as(out := io.BytesIO())
+            if fits: assert grey(tmp_path, out.getvalue())[0].shape == (42, 50)
+            else:
+                with pytest.raises(ValueError, match="50 × 42 px by its header, 500 × 420 by its pixels"): grey(tmp_path, out.getvalue())
 
 def test_a_missing_decoder_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(cbis_module, "get_decoder", lambda uid: type("None", (), dict(is_available=False)))

@@ -264,7 +264,7 @@ def odd_h5(sample):
     empty = lambda shape, chunks: lambda f, x: f.create_dataset("x", shape=shape, dtype="u1", chunks=chunks)
     return {"1000000000000 tiles but 12 labels": empty((10**12,96,96,3), (1,96,96,3)), "was not written to its end, 0% are there": empty((12,96,96,3), (1,96,96,3)),
             "was not written to its end, 50% are there": lambda f, x: empty((12,96,96,3), (1,96,96,3))(f, x).__setitem__(slice(6), x[:6]),
-            "x is uint8 .12, 90000, 90000, 3.": empty((12,90000,90000,3), (1,96,96,3)), "kept in pieces of .* too large": empty((12,8000,8000,3), (12,8000,8000,3)),
+            "x is uint8 .12, 90000, 90000, 3.": empty((12,90000,90000,3), (1,96,96,3)), "kept in pieces of .* too large": lambda f, x: f.create_dataset("x", x.shape, "u1", chunks=(40_000,96,96,3), maxshape=(None,96,96,3)),
             "the pixels of 'x' lie in another file": virtual, "'x' lies in another file": lambda f, x: f.__setitem__("x", h5py.ExternalLink(other, "x")),
             "the pixels of 'x' lie in another file.": lambda f, x: f.create_dataset("x", x.shape, "u1", external=[(other, 0, x.nbytes)]),
             "'x' is no dataset": lambda f, x: f.create_group("x"), "x is uint16": lambda f, x: f.create_dataset("x", data=x.astype("u2")), "expected an array": lambda f, x: f.create_dataset("x", data=1)}
@@ -276,6 +276,38 @@ def test_pcam_hostile_headers(sample, tmp_path, message):
     file.unlink()
     with h5py.File(file, "w") as f: odd_h5(sample)[message](f, x)
     with pytest.raises(ValueError, match=f"test_x.h5.*{message}"): open_source(params(tmp_path, "pcam"))
+
+def test_pcam_tiles_of_another_size_are_refused_at_once(sample, tmp_path):
+    "Rows of one pixel cost nothing to declare."
+    import shutil
+    shutil.copytree(sample/"pcam", tmp_path/"pcam")
+    with h5py.File(tmp_path/"pcam"/"camelyonpatch_level_2_split_train_x.h5", "r+") as f: del f["x"]; f.create_dataset("x", (300_000_000, 1, 1, 3), "u1", chunks=(10**8, 1, 1, 3))
+    with pytest.raises(ValueError, match=r"_train_x.h5: x is uint8 \(300000000, 1, 1, 3\), expected uint8 \(N, 96, 96, 3\)"): open_source(params(tmp_path/"pcam", "pcam"))
+
+def test_pcam_without_its_valid_split_is_told(sample, tmp_path):
+    said = "warning: the publisher's valid split is missing; another one is drawn from train"
+    assert said not in open_source(params(sample/"pcam", "pcam")).notes
+    for f in pcam_copy(sample, tmp_path/"a").glob("*valid*"): f.unlink()
+    assert said in open_source(params(tmp_path/"a", "pcam")).notes
+    put(tmp_path/"b", {**tiles(10, "01", "train/"), **tiles(10, "01", "test/")})
+    assert said in open_source(params(tmp_path/"b", "pcam")).notes
+
+def test_a_drawn_split_that_one_group_fills_is_told(tmp_path):
+    groups = ["big"]*240 + [f"P{i//10}" for i in range(90)]
+    put(tmp_path, {f"{i}.png": image(i % 256) for i in range(330)})
+    said = []
+    for seed in range(12):
+        (tmp_path/"t.csv").write_text("path,label,group\n" + "".join(f"{i}.png,{'ab'[i%2]},{g}\n" for i, g in enumerate(groups)))
+        s = open_source(params(tmp_path/"t.csv", "csv", seed=seed))
+        counts, notes = by_split(s), [n for n in s.notes if n.startswith("warning: the drawn split is uneven: ")]
+        odd = any(not share/2 <= counts[k]/330 <= 2*share for k, share in dict(train=.64, valid=.16, test=.2).items())
+        assert len(notes) == odd and (not odd or notes[0].endswith("groups stay whole, and differ in size"))
+        if counts["test"] > 240: assert f"test has {counts['test']} of 330 tiles, {counts['test']/330:.0%} instead of 20%" in notes[0]
+        said += notes
+    assert said
+    even = "path,label,group\n" + "".join(f"{i}.png,{'ab'[i%2]},P{i//10}\n" for i in range(330))
+    (tmp_path/"t.csv").write_text(even)
+    assert not [n for n in open_source(params(tmp_path/"t.csv", "csv")).notes if "uneven" in n]
 
 def test_pcam_damaged_chunk_names_the_row(sample, tmp_path):
     file = pcam_copy(sample, tmp_path)/f"{stem('test')}_x.h5"
@@ -592,6 +624,57 @@ def test_csv_columns_that_nobody_reads_are_told(tmp_path):
     assert write(tmp_path, text).notes[1] == "warning: columns that are not used: patient_id, stain; one that says who belongs together must be called group"
     assert write(tmp_path/"b", text.replace("patient_id", "scanner")).notes[1] == "columns that are not used: scanner, stain"
 
+@pytest.mark.parametrize("column, other", [("Group ID","group"), ("groups","group"), ("MRN","group"), ("pid","group"), ("set","split"), ("Fold","split")])
+def test_csv_columns_that_mean_a_group_or_split_are_warned_of(tmp_path, column, other):
+    text = ROWS.replace("path,label", f"path,label,{column}").replace("a\n", "a,1\n").replace("b\n", "b,2\n")
+    note = write(tmp_path, text).notes[1]
+    assert note.startswith(f"warning: columns that are not used: {column.lower()}; one that says") and note.endswith(f"must be called {other}")
+    filled = text.replace(f"label,{column}", f"label,{column},group").replace(",1\n", ",1,P1\n").replace(",2\n", ",2,P2\n")
+    if other == "group": # an empty column says nothing
+        assert "must be called group" in write(tmp_path/"b", filled.replace(",P1", ",").replace(",P2", ",")).notes[1]
+
+def test_groups_of_some_rows_only_are_warned_of(tmp_path):
+    rows = [f"{i}.png,{'ab'[i%2]},{f'P{i//4}' if i < 12 else ''}\n" for i in range(24)]
+    s = write(tmp_path, "path,label,group\n" + "".join(rows))
+    assert "warning: 12 of 24 tiles have no group, the first is 12.png; each counts as a patient or slide of its own" in s.notes
+
+def test_a_csv_that_is_a_link(tmp_path):
+    "Images lie beside the link or beside its target."
+    there = open_source(params(table(tmp_path/"data", 20), "csv"))
+    (tmp_path/"mine").mkdir(); (tmp_path/"mine"/"t.csv").symlink_to(tmp_path/"data"/"tiles.csv")
+    s = open_source(params(tmp_path/"mine"/"t.csv", "csv"))
+    assert [r.path for r in s.records] == [r.path for r in there.records] and all(r.read().shape == (16,16,3) for r in s.records)
+    put(tmp_path/"mine", {r.path: image(i) for i, r in enumerate(s.records)})
+    assert {r.file[0] for r in open_source(params(tmp_path/"mine"/"t.csv", "csv")).records} == {tmp_path/"mine"}
+
+def test_an_empty_split_beside_an_archive(tmp_path):
+    put(tmp_path, {**tiles(8, "ab", "train/"), "test.zip":b"PK"})
+    with pytest.raises(ValueError, match=r"the split 'test' is empty.* 1 file was not read: test.zip\."): open_source(params(tmp_path))
+
+def test_csv_with_excels_separator_line(tmp_path):
+    text = "sep=;\n" + ROWS.replace(",", ";")
+    assert [(r.path, r.label) for r in write(tmp_path, text).records] == [(r.path, r.label) for r in write(tmp_path/"b", ROWS).records]
+
+def test_csv_decimals_are_names_of_their_own(tmp_path):
+    s = write(tmp_path, "path,label\n" + "".join(f"{i}.png,{('1.1','1.10')[i%2]}\n" for i in range(24)))
+    assert s.classes == ["1.1", "1.10"] and "warning: classes that may be the same: '1.1' and '1.10'" in s.notes
+    assert open_source(params(put(tmp_path/"f", tiles(8, ["1.1", "1.10"])))).classes == ["1.1", "1.10"]
+
+@pytest.mark.parametrize("other", ["P\u20131", "P\u20111", "\uff30-\uff11", "P \u2014 1", "p_01"])
+def test_groups_that_look_alike(tmp_path, other):
+    rows = "".join(f"{i}.png,{'ab'[i%2]},{('P-1','Q',other)[i//8]},{('train','valid','test')[i//8]}\n" for i in range(24))
+    assert f"warning: groups that may be the same: 'P-1' and {other!r}" in write(tmp_path, "path,label,group,split\n" + rows).notes
+    with pytest.raises(ValueError, match="group 'P-1' is in train and test"): write(tmp_path/"b", "path,label,group,split\n" + rows.replace(other, "\u202aP-1\u2069"))
+
+def test_a_label_folder_that_nobody_sees(tmp_path):
+    with pytest.raises(ValueError, match="label folder .* cannot be seen"): open_source(params(put(tmp_path, tiles(8, ["\u200b", "b", "c"]))))
+
+def test_hidden_folders_are_not_entered(tmp_path):
+    put(tmp_path, {**tiles(8), ".venv/lib/x.png":image(), "a/.old/0.png":image()})
+    (tmp_path/".venv"/"lib64").symlink_to("lib"); (tmp_path/".root").symlink_to("/")
+    s = open_source(params(tmp_path))
+    assert len(s.records) == 16 and s.notes[1:] == ["hidden folders, not entered: 3; the first is .root/"]
+
 def test_labels_that_pandas_would_eat(tmp_path):
     file = table(tmp_path, 20)
     file.write_text(file.read_text().replace(",a\n", ",NA\n").replace(",b\n", ",None\n"))
@@ -725,6 +808,17 @@ def test_disk_too_small(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda p: type("usage", (), {"free":1000}))
     with pytest.raises(OSError, match="Make room or set data.limit"): prepare(noise_source(12)[0], tmp_path/"out", params("x"))
     assert not list(tmp_path.iterdir())
+
+def test_much_shrunk_and_enlarged_tiles_are_noted(tmp_path):
+    for name, size, said in (("a", 129, ["16 of 16 tiles were shrunk more than 8 times, the largest 8.1 times"]), ("b", 7, ["16 of 16 tiles were enlarged more than twice, the smallest 2.3 times"]), ("c", 32, [])):
+        put(tmp_path/name, {f"{l}/{i}.png": image(10*i, (size, size)) for l in "ab" for i in range(8)})
+        store = prepare(open_source(params(tmp_path/name)), tmp_path/"out", params("x", copies="warn"), 1)
+        assert [n for n in store.manifest["notes"] if "times" in n] == said
+
+def test_bmp_of_16_bits_a_pixel():
+    "5-6-5 is less than 8 bits a channel."
+    head = b"BM" + struct.pack("<IHHI", 70 + 32, 0, 0, 70) + struct.pack("<IiiHHIIiiII", 56, 4, 4, 1, 16, 3, 32, 0, 0, 0, 0) + struct.pack("<IIII", 0xF800, 0x7E0, 0x1F, 0)
+    assert (decode(head + np.full(16, 0xF800, "<u2").tobytes(), "a.bmp") == [255, 0, 0]).all()
 
 def test_not_square(tmp_path):
     source, data = noise_source(12, (20,30,3))

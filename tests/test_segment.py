@@ -184,6 +184,10 @@ def test_what_is_not_read_is_counted(tmp_path):
     place = put(tmp_path/"b", files(6, slides=("P1", "P10", "P2", "10", "100")))
     assert pair_notes(place, read_pairs(place, GROUP)) == []
 
+def test_splits_of_a_publisher_are_told(tmp_path):
+    place = put(tmp_path, {f"{s}/{k}": v for s in ("train", "Test") for k, v in files(4, slides=("A", "B")).items()})
+    assert pair_notes(place, read_pairs(place, GROUP)) == ["folders Test, train are not read as splits: whole slides are held out by masks.group"]
+
 @pytest.mark.parametrize("turn", [lambda o: o, np.rot90, lambda o: o[::-1], lambda o: o.transpose(1, 0, 2), lambda o: np.rot90(o[:, ::-1], 3)])
 def test_one_image_on_two_slides(tmp_path, turn):
     "In any turn or flip, and whatever the file is: the pixels tell."

@@ -308,3 +308,36 @@ def test_the_command(tmp_path, capsys):
     assert capsys.readouterr().out.count("Shards(set: 6 images in 1 files") == 2
     assert main(["write", str(tmp_path/"nothing"), str(tmp_path/"set")]) == 2
     assert "tiles.npy is missing" in capsys.readouterr().err and len(Shards(tmp_path/"set")) == 6
+
+@pytest.mark.parametrize("beside", ["photo.png", "inner/photo.png", ".hidden", None])
+def test_only_what_write_wrote_is_replaced(tmp_path, beside):
+    folder = tmp_path/"set"
+    write_shards(records(noise(6)), folder); write_shards(records(noise(4)), folder)
+    assert len(Shards(folder)) == 4
+    if beside: (folder/beside).parent.mkdir(exist_ok=True); (folder/beside).write_bytes(b"only copy")
+    else: tar(folder/"mine.tar", {"0.png": jpeg(noise(1)[0], "PNG")}); index_shards(folder)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(FileExistsError, match="holds .*It would be replaced"): write_shards(records(noise(6)), folder)
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+@pytest.mark.parametrize("index", ["{}", "[]", "no JSON"])
+def test_any_index_is_no_leave_to_replace(tmp_path, index):
+    (tmp_path/"index.json").write_text(index); (tmp_path/"work.txt").write_text("of years")
+    with pytest.raises(FileExistsError): write_shards(records(noise(6)), tmp_path)
+    assert (tmp_path/"work.txt").read_text() == "of years"
+
+def test_what_index_leaves_out_is_counted(tmp_path, capsys):
+    one = jpeg(noise(1)[0])
+    tar(tmp_path/"a.tar", {"0.jpg": one, "0.json": b"{}", "1.tif": jpeg(noise(1)[0], "TIFF"), "2.webp": b"", "._0.jpg": b""})
+    with tarfile.open(tmp_path/"a.tar", "a") as t:
+        for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+            link = tarfile.TarInfo("link.jpg"); link.type, link.linkname = kind, "0.jpg"; t.addfile(link)
+    (tmp_path/"b.tar.gz").write_bytes(b"\x1f\x8b"); (tmp_path/"c.tgz").write_bytes(b"\x1f\x8b")
+    for _ in range(2): # the index of the first time is no file that was not read
+        assert main(["index", str(tmp_path)]) == 0
+        said = capsys.readouterr().out
+        assert "warning: 2 files were not read: b.tar.gz, c.tgz" in said
+        assert "warning: 5 files inside the tars were not read: 2 .jpg (link), 1 .json, 1 .tif, 1 .webp" in said
+    assert index_shards(tmp_path).notes == Shards(tmp_path).notes
+    (tmp_path/"b.tar.gz").unlink(); (tmp_path/"c.tgz").unlink(); tar(tmp_path/"a.tar", {"0.jpg": one, "0.json": b"{}"})
+    assert index_shards(tmp_path).notes == ["1 files inside the tars were not read: 1 .json; images end in .jpg, .jpeg, .png"]

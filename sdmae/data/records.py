@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SUFFIXES', 'SYNTHETIC', 'FORMATS', 'MAX_PIXELS', 'MAX_BYTES', 'ORIENTATION', 'KINDS', 'NOISE', 'WANTED',
-           'UNSEEN', 'NUMBER', 'UNKNOWN', 'Record', 'Task', 'Source', 'Unfit', 'named', 'opened', 'one_page', 'shallow',
+           'UNSEEN', 'WHOLE', 'UNKNOWN', 'Record', 'Task', 'Source', 'Unfit', 'named', 'opened', 'one_page', 'shallow',
            'flat', 'decode', 'right_name', 'open_file', 'bytes_of', 'read_bytes', 'read_image', 'first_look', 'size_of',
            'other_kind', 'check_entry', 'open_zip', 'walk', 'kinds_of', 'left_out', 'zip_names', 'check_names',
            'list_files', 'list_images', 'is_synthetic', 'tidy', 'csv_rows', 'one_spelling', 'joined', 'alike_key',
@@ -115,7 +115,8 @@ def shallow(
 ):
     "`Unfit` for pixels deeper than 8 bits: what is black and what white is for their owner to say."
     signed = im.format == "TIFF" and not {1, 4}.issuperset(np.atleast_1d(im.tag_v2.get(339, 1)).tolist()) # or floating point
-    if signed or im.mode[0] in "IF" or ";16" in str(im.tile): # Pillow would halve 16-bit colour in silence
+    deep = ";16" in str(im.tile) and im.format not in ("BMP", "DIB") # a channel, which Pillow would halve in silence; a BMP's are 5-6-5
+    if signed or im.mode[0] in "IF" or deep:
         raise Unfit(f"{path}: more than 8 bits a channel, or signed ({im.mode}). Say which values are black and white, and save it with 8 "
                     "bits.")
 
@@ -256,8 +257,9 @@ def open_zip(
 # %% ../../nbs/data/records.ipynb #u011
 def walk(
     folder:Path
-)->tuple[list[str],...]: # names of files, of links to nothing and other odd things, of links that lead back, of empty folders
-    "Everything below a folder, links followed; `ValueError` where one folder is reached twice."
+)->tuple[list[str],...]: # names of files, of odd things, of links that lead back, of empty folders
+    """What is below a folder, links followed; hidden folders are odd, too, end in / and are not entered. `ValueError` where one folder
+    is reached twice."""
     files, odd, back, empty = [], [], [], []
     same = lambda p: (s := os.stat(p)) and (s.st_dev, s.st_ino)
     todo, reached = [(folder, "", {same(folder)})], {same(folder): "."}
@@ -268,6 +270,7 @@ def walk(
         for name, path in inside:
             if os.path.isfile(path): files.append(name)
             elif not os.path.isdir(path): odd.append(name)
+            elif _hidden(name): odd.append(f"{name}/")
             elif (at := same(path)) in over: back.append(name)
             elif at in reached: raise ValueError(f"{folder}: {reached[at]} and {name} are one folder. Take one of the links away.")
             else: reached[at] = name; todo.append((path, f"{name}/", over | {at}))
@@ -292,12 +295,14 @@ def kinds_of(
 
 # %% ../../nbs/data/records.ipynb #u012
 def left_out(
-    others:list[str],           # names of files of other endings, or hidden
+    others:list[str],           # names of files of other endings, or hidden, and of hidden folders, which end in /
     back:list[str]=(),          # links that lead back
     empty:list[str]=()          # folders
 )->list[str]:                   # notes
     "What lies there and is not read, so that nobody has to find out; a warning where it was likely meant as data."
-    notes, told = [], [n for n in others if not _noise(n)]
+    notes, told = [], [n for n in others if not _noise(n) and not n.endswith("/")]
+    if closed := [n for n in others if not _noise(n) and n.endswith("/")]:
+        notes.append(f"hidden folders, not entered: {len(closed)}; the first is {min(closed)}")
     if told:
         warn = "warning: "*any(n.lower().endswith(WANTED) for n in told)
         notes.append(f"{warn}{len(told)} file{'s were' if len(told) > 1 else ' was'} not read: {kinds_of(told)}")
@@ -363,7 +368,8 @@ def is_synthetic(
     return open_zip(place).comment.decode(errors="replace") == SYNTHETIC
 
 # %% ../../nbs/data/records.ipynb #u016
-UNSEEN = re.compile("[\x00-\x08\x0e-\x1b\x7f\u200b-\u200f\u2060\ufeff\u00ad]")
+UNSEEN = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+                    "\ufe00-\ufe0f\ufeff\ufff9-\ufffb\U000e0000-\U000e0fff]")
 
 def tidy(
     text:str
@@ -379,7 +385,9 @@ def csv_rows(
     "A CSV's values as they stand; `ValueError` if it cannot be read, or a row has more or fewer values than there are columns."
     try:
         text = data.decode("utf-8-sig")
-        separator = max(",;\t", key=text.partition("\n")[0].count)
+        told = re.match(r"\"?sep=(.)\"?\r?\n", text, re.I) # Excel's own first line, which it does not count as a row
+        if told: text = text[told.end():]
+        separator = told[1] if told else max(",;\t", key=text.partition("\n")[0].count)
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
     except (csv.Error, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: not a CSV that can be read ({e}). Get it again, or save it as CSV in UTF-8.") from e
@@ -391,7 +399,7 @@ def csv_rows(
     return [[*row, *[""]*n][:n] for row in rows]
 
 # %% ../../nbs/data/records.ipynb #u019
-NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
+WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+") # a whole number as spreadsheets write it
 UNKNOWN = {"nan", "na", "n/a", "none", "null", "unknown", "?", "-"}
 
 def one_spelling(
@@ -409,8 +417,8 @@ def joined(
     values:list[str],   # as they were written
     what:str            # "label" or "group", for the notes
 )->tuple[list[str], list[str]]: # values, notes
-    "Tidy names, with one spelling for each number where there are several; notes of what was joined."
-    number = lambda v: (v.rstrip("0").rstrip(".") if "." in v else v) if NUMBER.fullmatch(v) else v
+    "Tidy names, with one spelling for each whole number where there are several; notes of what was joined."
+    number = lambda v: m[1] if (m := WHOLE.fullmatch(v)) else v
     clean, pairs = one_spelling(values, tidy, lambda vs: tidy(vs[0]))
     clean, more = one_spelling(clean, number, lambda vs: min(vs, key=len))
     pairs += more
@@ -418,8 +426,11 @@ def joined(
 
 # %% ../../nbs/data/records.ipynb #u026
 def alike_key(name:str)->str:
-    "What names have in common that differ only by capitals, separators or leading zeros."
-    return re.sub(r"(?<![\d.])0+(?=\d)", "", re.sub(r"[\s_-]+", " ", name.casefold()))
+    "What names have in common that differ only by capitals, separators, dashes, width, zeros or forms of one letter."
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    dashed = "".join("-" if unicodedata.category(c) == "Pd" or c == "\u2212" else c for c in plain)
+    short = re.sub(r"(?<![\d.])0+(?=\d)", "", re.sub(r"[\s_-]+", " ", dashed))
+    return re.sub(r"(?<![\d.])(\d+\.\d*?)0+(?![\d.])", r"\1", short).rstrip(".") # 1.0, 1.10, but no version of three parts
 
 def look_alikes(
     names,      # tidy

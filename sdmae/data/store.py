@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'QUICK', 'fit', 'fill', 'run_all', 'make_table', 'encode', 'task_counts', 'own_hash', 'make_manifest',
-           'cores', 'check_room', 'prepare', 'read_manifest', 'read_tiles', 'TileStore', 'open_store',
+           'resized', 'cores', 'check_room', 'prepare', 'read_manifest', 'read_tiles', 'TileStore', 'open_store',
            'one_of_each_first', 'free_bytes', 'send', 'montage', 'contact_sheet']
 
 # %% ../../nbs/data/store.ipynb #c002
@@ -51,20 +51,20 @@ def fill(
     start:int,               # first row to write
     records:list[Record],    # of the rows from `start`
     crop:int|None
-)->tuple: # (C,) sums, (C,) sums of squares, tiles that were counted, tiles that were not square, both marks of each tile
+)->tuple: # (C,) sums, (C,) sums of squares, tiles that were counted, that were not square; of each tile: px before resizing, both marks
     "Reads, fits, marks and writes `records`; the sums are over training tiles only."
     tiles = np.load(file, mmap_mode="r+")
     size, channels = tiles.shape[2:]
-    total, square, n, odd, marks = np.zeros(size*channels, np.int64), np.zeros(size*channels, np.int64), 0, 0, []
+    total, square, n, odd, marks, sides = np.zeros(size*channels, np.int64), np.zeros(size*channels, np.int64), 0, 0, [], []
     for i,r in enumerate(records, start):
         raw = r.read()
         tiles[i] = t = fit(raw, size, crop, r.path, channels)
-        marks.append(mark(t)); odd += raw.shape[0] != raw.shape[1]
+        marks.append(mark(t)); sides.append(crop or min(raw.shape[:2])); odd += raw.shape[0] != raw.shape[1]
         if r.split == "train":
             t = t.reshape(size,-1).astype(np.int32); n += 1 # whole rows: numpy is slow along an axis of three
             total += t.sum(0, dtype=np.int64); square += (t*t).sum(0, dtype=np.int64)
     hashes, rings = np.array([h for h, _ in marks], np.uint64), on_rings(np.stack([g for _, g in marks]))
-    return *(s.reshape(size, channels).sum(0) for s in (total, square)), n, odd, hashes, rings
+    return *(s.reshape(size, channels).sum(0) for s in (total, square)), n, odd, np.array(sides), hashes, rings
 
 # %% ../../nbs/data/store.ipynb #c009
 def run_all(
@@ -152,6 +152,19 @@ def make_manifest(
     made["sha256"]["manifest.json"] = own_hash(made)
     return made
 
+# %% ../../nbs/data/store.ipynb #f1r0
+def resized(
+    sides:np.ndarray, # (n,) px of the squares before resizing
+    image_size:int    # px after it
+)->list[str]:         # notes
+    "How many tiles became less than an eighth of their size, or more than twice as large."
+    by, notes = sides/image_size, []
+    for what, far, most in (("shrunk more than 8 times, the largest", by > 8, by.max()),
+                            ("enlarged more than twice, the smallest", by < .5, 1/by.min())):
+        if far.any(): notes.append(f"{far.sum()} of {len(by)} tiles were {what} {most:.1f} times")
+    return notes
+
+
 # %% ../../nbs/data/store.ipynb #c021
 def cores()->int:
     "Those that this process may use."
@@ -179,8 +192,8 @@ def prepare(
         np.lib.format.open_memmap(new/"tiles.npy", "w+", np.uint8, (n,size,size,channels)).flush()
         table, jobs = make_table(source), [(new/"tiles.npy", i, source.records[i:i+256], data.crop) for i in range(0, n, 256)]
         done = run_all(jobs, workers or (cores() if n >= 2000 else 1))
-        hashes, rings = (np.concatenate(m) for m in list(zip(*done))[-2:])
-        notes = check_copies(table, hashes, rings, refuse=not source.publisher and data.copies == "refuse")
+        sides, hashes, rings = (np.concatenate(m) for m in list(zip(*done))[-3:])
+        notes = resized(sides, size) + check_copies(table, hashes, rings, refuse=not source.publisher and data.copies == "refuse")
         table.to_csv(new/"table.csv", index=False)
         write_json(new/"manifest.json", make_manifest(source, data, table, [d[:4] for d in done], notes, new))
     return TileStore(folder)

@@ -19,7 +19,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np, pandas as pd
 from PIL import Image, ImageOps
 from pydicom import Dataset, dcmread
+from pydicom.encaps import get_frame
 from pydicom.pixels import get_decoder
+from pydicom.uid import JPEG2000, JPEG2000Lossless, JPEGBaseline8Bit
 from ..data.records import (MAX_PIXELS, Record, SUFFIXES, Source, Task, Unfit, csv_rows, flat, is_synthetic, left_out, list_files,
                                 named, one_page, open_file, opened, read_bytes, shallow, size_of, tidy)
 from ..params import DataParams
@@ -196,7 +198,7 @@ def all_tasks(
 
 # %% ../../nbs/sources/cbis.ipynb #c021
 NAME = re.compile(r"(?P<finding>Mass|Calc)-(?P<split>Training|Test)_P_(?P<patient>\d+)_(?P<side>LEFT|RIGHT)_(?P<view>CC|MLO)"
-                  r"(?P<kind>_FULL|_MASK)?(?P<lesion>_\d+)?(?=[/.])", re.I)
+                  r"(?P<kind>_FULL|_MASK)?(?P<lesion>_\d+)?(?: ?\(\d+\))?(?=[/.])", re.I) # "(1)": a browser's
 
 def key_of(
     name:str    # of a file inside
@@ -296,14 +298,18 @@ def check_pixels(
     d:Dataset,
     path:str # for the error
 ):
-    "`Unfit` where no decoder is installed, or more pixels lie there than the header declares."
+    "`Unfit` where no decoder is installed, or more lies there than the header declares, packed or not."
     syntax = d.file_meta.TransferSyntaxUID
     if syntax.is_compressed and not get_decoder(syntax).is_available:
         raise Unfit(f"{path}: compressed as {syntax.name}, and no decoder for it is installed. `pip install pylibjpeg pylibjpeg-libjpeg "
                     "pylibjpeg-openjpeg` brings them.")
-    declared = d.Rows*d.Columns*d.BitsAllocated//8
-    if not syntax.is_compressed and len(d.PixelData) > declared + 1:
+    declared, packed = d.Rows*d.Columns*d.BitsAllocated//8, syntax.is_compressed
+    if len(d.PixelData) > (2*declared + 2**16 if packed else declared + 1): # packing gains, or costs little
         raise Unfit(f"{path}: holds {len(d.PixelData):,} bytes of pixels, its header declares {declared:,}. Get it again.")
+    if syntax in (JPEGBaseline8Bit, JPEG2000Lossless, JPEG2000): # Pillow would unpack what they declare themselves
+        w, h = Image.open(io.BytesIO(get_frame(d.PixelData, 0, number_of_frames=1))).size
+        if (w, h) != (d.Columns, d.Rows):
+            raise Unfit(f"{path}: {d.Columns} × {d.Rows} px by its header, {w} × {h} by its pixels. Get it again.")
 
 # %% ../../nbs/sources/cbis.ipynb #n015
 def rescaled(

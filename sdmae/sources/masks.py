@@ -26,6 +26,7 @@ from skimage.measure import label
 from ..data.records import (ORIENTATION, Record, Unfit, draw_share, left_out, list_files, list_images, look_alikes, named, one_page,
                                 open_file, opened, read_bytes, size_of, tidy)
 from ..files import sha256, whole, write_json
+from .publishers import SPLIT_NAMES
 
 # %% ../../nbs/sources/masks.ipynb #c005
 def toy_nuclei(
@@ -195,6 +196,8 @@ def pair_notes(
     "What lies there and is not read, counted, and names of slides that nearly agree."
     notes, read = [], {file for side in sides(Path(path)).values() for file, *_ in side.values()}
     names = list_files(Path(path), ("",), notes)
+    if splits := sorted({part for n in read for part in PurePosixPath(n).parts[:-1] if part.lower() in SPLIT_NAMES}):
+        notes.append(f"folders {', '.join(splits)} are not read as splits: whole slides are held out by masks.group")
     return notes + left_out([n for n in names if n not in read]) + look_alikes([p.slide for p in pairs], "slides")
 
 # %% ../../nbs/sources/masks.ipynb #n008

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'NCT_CLASSES', 'PCAM_CLASSES', 'NCT_TRAIN', 'NCT_TEST', 'NCT_TILES', 'PCAM_TILES', 'PCAM_LABELS',
-           'GROUP_LIKE', 'ADAPTERS', 'parse_layout', 'nct_name', 'visible', 'below', 'nct', 'read_h5', 'check_written',
-           'read_table', 'pcam', 'beside', 'folder', 'read_rows', 'spelled', 'once', 'found_files', 'csv', 'draw_plain',
-           'deal', 'uneven', 'draw_even', 'assign_splits', 'check_groups', 'limit_splits', 'few_groups', 'check_splits',
-           'drop', 'drawn_splits', 'open_source']
+           'GROUP_LIKE', 'GROUP_WORDS', 'SPLIT_WORDS', 'ADAPTERS', 'parse_layout', 'nct_name', 'visible', 'below',
+           'nct', 'read_h5', 'check_written', 'read_table', 'no_valid', 'pcam', 'beside', 'folder', 'unread',
+           'read_rows', 'spelled', 'once', 'image_folder', 'found_files', 'csv', 'draw_plain', 'deal', 'uneven',
+           'draw_even', 'assign_splits', 'without_group', 'check_groups', 'limit_splits', 'few_groups', 'check_splits',
+           'drop', 'lopsided', 'drawn_splits', 'open_source']
 
 # %% ../../nbs/sources/publishers.ipynb #c002
 import os, re, unicodedata
@@ -19,7 +20,7 @@ from pathlib import Path, PurePosixPath
 import h5py, numpy as np, pandas as pd
 from .cbis import cbis
 from ..data.copies import bound
-from ..data.records import MAX_BYTES, MAX_PIXELS, Record, SPLITS, SYNTHETIC, Source, Unfit, csv_rows, draw_share, is_synthetic, joined
+from ..data.records import MAX_BYTES, Record, SPLITS, SYNTHETIC, Source, Unfit, csv_rows, draw_share, is_synthetic, joined
 from ..data.records import list_images, look_alikes, named, quotas, read_image, tidy
 from ..params import DataParams, project_root
 
@@ -46,6 +47,7 @@ def parse_layout(
         if seen.setdefault("form", form) != form:
             raise ValueError(f"{place}: {n} and {seen['name']} are laid out differently; expected [split/]label/image everywhere. Patients "
                              "may be told in a CSV, in a column group.")
+        if not label: raise ValueError(f"{place}: {n}: the name of its label folder {parents[-1]!r} cannot be seen. Rename the folder.")
         if label.lower() in SPLIT_NAMES:
             raise ValueError(f"{place}: {n}: the folder of a label is called {label!r}; expected [split/]label/image.")
         seen.setdefault("name", n); out.append((split, label))
@@ -223,7 +225,7 @@ def _pcam_h5(folder, split):
     stem = f"camelyonpatch_level_2_split_{split}"
     file = folder/f"{stem}_x.h5"
     x = _h5_array(file, "x")
-    if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != np.uint8 or x.shape[1]*x.shape[2] > MAX_PIXELS:
+    if x.shape[1:] != (96, 96, 3) or x.dtype != np.uint8: # before anything of so many rows is made
         raise ValueError(f"{file}: x is {x.dtype} {x.shape}, expected uint8 (N, 96, 96, 3).")
     y = _pcam_labels(folder/f"{stem}_y.h5", len(x))
     check_written(file, x)
@@ -257,6 +259,11 @@ def _pcam_official(path):
 PCAM_LABELS = {"0":"normal", "normal":"normal", "1":"tumor", "tumor":"tumor", "tumour":"tumor"}
 
 # %% ../../nbs/sources/publishers.ipynb #c022
+def no_valid(records:list[Record])->list[str]: # warnings
+    "PatchCamelyon is published with three splits; says so where valid is not there."
+    if any(r.split == "valid" for r in records): return []
+    return ["warning: the publisher's valid split is missing; another one is drawn from train"]
+
 def pcam(
     path:Path, data:DataParams
 )->Source: # not yet split further
@@ -268,13 +275,13 @@ def pcam(
                          "data.path.")
     if places:
         records, synthetic, notes = _pcam_official(places[0])
-        return Source(data.name, records, PCAM_CLASSES, synthetic, notes, publisher=True)
+        return Source(data.name, records, PCAM_CLASSES, synthetic, notes + no_valid(records), publisher=True)
     source, records = folder(path, data), []
     for r in source.records:
         label = PCAM_LABELS.get(re.sub(r"\.0+$", "", r.label.lower()))
         if label is None: raise ValueError(f"{r.path}: label {r.label!r} is out of range; expected 0 or 1, normal or tumor.")
         records.append(replace(r, label=label))
-    return replace(source, records=records, classes=PCAM_CLASSES, publisher=True)
+    return replace(source, records=records, classes=PCAM_CLASSES, notes=source.notes + no_valid(records), publisher=True)
 
 # %% ../../nbs/sources/publishers.ipynb #c024
 def beside(path:Path)->list[str]: # warnings
@@ -298,8 +305,23 @@ def folder(
     return Source(data.name, records, classes, is_synthetic(path), notes + left + more + beside(path))
 
 # %% ../../nbs/sources/publishers.ipynb #c026
-GROUP_LIKE = ("patient", "slide", "case", "subject", "wsi", "person", "donor")
+GROUP_LIKE = ("patient", "slide", "case", "subject", "wsi", "person", "donor", "group", "participant", "specimen") # part of a name
+GROUP_WORDS, SPLIT_WORDS = {"mrn", "pid"}, {"split", "splits", "fold", "folds", "set", "subset", "partition"}       # words of a name
 
+def unread(
+    rows:pd.DataFrame # of a CSV
+)->list[str]:         # notes
+    "Columns that nobody reads; a warning where one seems to say who belongs together, or in which split, and its own column says nothing."
+    unused = [c for c in rows.columns if c not in ("path", "label", "group", "split", "centre") and not c.startswith("unnamed:")]
+    if not unused: return []
+    says = lambda c: c in rows and rows[c].map(tidy).ne("").any()
+    words = {w for c in unused for w in re.split(r"[\W_]+", c)}
+    grouped = any(w in c for c in unused for w in GROUP_LIKE) or words & GROUP_WORDS
+    told = ["; one that says who belongs together must be called group"]*bool(grouped and not says("group"))
+    told += ["; one that says in which split a tile is must be called split"]*bool(words & SPLIT_WORDS and not says("split"))
+    return ["warning: "*bool(told) + f"columns that are not used: {', '.join(unused)}" + "".join(told)]
+
+# %% ../../nbs/sources/publishers.ipynb #n002
 def read_rows(
     path:Path # a CSV
 )->tuple[pd.DataFrame, list[str]]: # columns path, label, group, split, centre, all text; notes
@@ -309,10 +331,7 @@ def read_rows(
     lacking = {"path","label"} - set(rows.columns)
     if lacking: raise ValueError(f"{path}: column {sorted(lacking)[0]!r} is missing; there are {list(rows.columns)}.")
     if not len(rows): raise ValueError(f"{path}: no row in it, so no class.")
-    unused = [c for c in rows.columns if c not in ("path", "label", "group", "split", "centre") and not c.startswith("unnamed:")]
-    notes = [f"columns that are not used: {', '.join(unused)}"]*bool(unused)
-    if "group" not in rows and any(w in c for c in unused for w in GROUP_LIKE):
-        notes = [f"warning: {notes[0]}; one that says who belongs together must be called group"]
+    notes = unread(rows)
     for c in ("group","split","centre"):
         if c not in rows: rows[c] = ""
     for c in ("path","label"):
@@ -348,16 +367,24 @@ def once(
     return rows.drop(again), [f"warning: rows that name a file a second time, left out: {len(again)}; the first is row {again[0]}"]
 
 # %% ../../nbs/sources/publishers.ipynb #c027
-def found_files(
+def image_folder(
     rows:pd.DataFrame, path:Path # the CSV
-)->pd.DataFrame:                 # path as the disk has it; file, absolute, links followed
+)->Path:
+    "What paths are relative to: the CSV's folder; where the CSV is a link and the first image is not beside it, its target's."
+    target = path.resolve().parent
+    return path.parent if spelled(path.parent, rows.path.iloc[0]) or not spelled(target, rows.path.iloc[0]) else target
+
+def found_files(
+    rows:pd.DataFrame, path:Path, # the CSV
+    place:Path                    # as `image_folder`
+)->pd.DataFrame:                  # path as the disk has it; file, absolute, links followed
     "`FileNotFoundError` naming the first row whose image is not there."
-    names = [spelled(path.parent, p) for p in rows.path]
+    names = [spelled(place, p) for p in rows.path]
     if None in names:
         i = names.index(None)
         raise FileNotFoundError(f"{path}: row {rows.index[i]} names {rows.path.iloc[i]}, which is not there; {names.count(None)} of "
                                 f"{len(rows)} rows name such files.")
-    return rows.assign(path=names, file=[os.path.realpath(path.parent/n) for n in names])
+    return rows.assign(path=names, file=[os.path.realpath(place/n) for n in names])
 
 def csv(
     path:Path, data:DataParams
@@ -365,10 +392,11 @@ def csv(
     "A CSV with path (relative to it) and label, optionally group, split and centre; errors as `read_rows`, `found_files` and `once`."
     rows, notes = read_rows(path)
     for c in ("label", "group"): rows[c], more = joined(rows[c].tolist(), c); notes += more
-    rows, more = once(found_files(rows, path), path)
+    place = image_folder(rows, path)
+    rows, more = once(found_files(rows, path, place), path)
     notes += more + look_alikes(rows.group[rows.group != ""], "groups")
-    records = [Record(r.path, r.label, r.split, r.group, r.centre, partial(read_image, path.parent, r.path, r.path),
-                      file=(path.parent, r.path)) for r in rows.itertuples(index=False)]
+    records = [Record(r.path, r.label, r.split, r.group, r.centre, partial(read_image, place, r.path, r.path),
+                      file=(place, r.path)) for r in rows.itertuples(index=False)]
     classes = sorted({r.label for r in records})
     return Source(data.name, records, classes, False, [f"read {len(records)} tiles in {len(classes)} classes from {path}", *notes])
 
@@ -445,6 +473,15 @@ def assign_splits(
     return even if there(even) > there(drawn) else drawn
 
 # %% ../../nbs/sources/publishers.ipynb #c034
+def without_group(
+    records:list[Record]
+)->list[str]:            # warnings
+    "Warns where some tiles have a group and others none."
+    bare = [r for r in records if not r.group]
+    if len(bare) in (0, len(records)): return []
+    return [f"warning: {len(bare)} of {len(records)} tiles have no group, the first is {bare[0].path}; each counts as a patient or slide "
+            "of its own"]
+
 def check_groups(
     records:list[Record],
     publisher:bool       # the split is the publisher's
@@ -527,6 +564,19 @@ def drop(
     return [r for r in records if r.label in left], left
 
 # %% ../../nbs/sources/publishers.ipynb #c041
+def lopsided(
+    records:list[Record], pool:list[int], # drawn, and their places
+    valid_fraction:float, three:bool      # whether test was drawn, too
+)->list[str]:                             # warnings
+    "Warns of drawn splits of more than twice their share, or less than half of it."
+    if not pool: return []
+    v, counts = valid_fraction, Counter(records[i].split for i in pool)
+    shares = dict(train=(1-v)**2, valid=v*(1-v), test=v) if three else dict(train=1-v, valid=v)
+    off = [f"{s} has {counts[s]} of {len(pool)} tiles, {counts[s]/len(pool):.0%} instead of {share:.0%}" for s, share in shares.items()
+           if not .5*share <= counts[s]/len(pool) <= 2*share]
+    why = "groups stay whole, and differ in size" if any(records[i].group for i in pool) else "each class has a tile in each, if it can"
+    return [f"warning: the drawn split is uneven: {'; '.join(off)}; {why}"]*bool(off)
+
 def drawn_splits(
     records:list[Record], data:DataParams
 )->tuple[list[Record], set, list[str]]: # records, splits that were drawn, notes
@@ -539,7 +589,8 @@ def drawn_splits(
     n = sum(g != records[i].group for i, g in groups.items())
     told = assign_splits([replace(r, group=groups.get(i, r.group)) for i, r in enumerate(records)], data.valid_fraction, data.seed)
     records = [replace(r, split=t.split) for r, t in zip(records, told)]
-    return records, drawn, [f"{n} tiles are equal files, or of groups that share one; the split keeps them together"]*bool(n)
+    notes = [f"{n} tiles are equal files, or of groups that share one; the split keeps them together"]*bool(n)
+    return records, drawn, notes + lopsided(records, pool, data.valid_fraction, "test" in drawn)
 
 # %% ../../nbs/sources/publishers.ipynb #d006
 def open_source(
@@ -554,9 +605,11 @@ def open_source(
     records, classes = drop(source.records, source.classes, data.drop_classes)
     if data.drop_classes: notes.append(f"dropped {', '.join(data.drop_classes)}: {len(records)} tiles in {len(classes)} classes left")
     records, drawn, more = drawn_splits(records, data)
-    notes += more + check_groups(records, source.publisher)
+    notes += more + without_group(records) + check_groups(records, source.publisher)
     if data.limit: records = limit_splits(records, data.limit, data.seed)
     if data.limit: notes.append(f"limited to {data.limit} tiles a split: {len(records)} tiles left")
     try: notes += check_splits(records, classes, path, drawn)
-    except ValueError as e: raise ValueError(" ".join([str(e), *(s.replace("warning: c", "C") + "." for s in same)])) from None
+    except ValueError as e:
+        told = [n.removeprefix("warning: ") for n in (*same, *source.notes) if n in same or n.startswith("warning:") and "not read" in n]
+        raise ValueError(" ".join([str(e), *(n[0].upper() + n[1:] + "." for n in told)])) from None
     return replace(source, records=records, classes=classes, notes=notes)
