@@ -78,6 +78,9 @@ def test_results_say_what_made_them(work):
 
 # What goes wrong on the way
 
+def newest(folder): return max(folder.glob("*.pt"), key=lambda p: p.stat().st_mtime_ns)
+
+
 def test_killing_dvc_ends_its_training_and_loses_nothing(work):
     "DVC alone is killed: what it started ends, and the same command goes on where the training was."
     edit_params(work, pretrain__tissue__epochs=150, pretrain__tissue__checkpoint_minutes=0, pretrain__tissue__watch_every=150)
@@ -88,9 +91,9 @@ def test_killing_dvc_ends_its_training_and_loses_nothing(work):
     started = psutil.Process(p.pid).children(recursive=True)
     p.kill(); p.wait()
     assert len(started) >= 2 and psutil.wait_procs(started, timeout=15)[1] == []
-    reached = read_checkpoint(next(folder.glob("*.pt")))["step"]
+    reached = read_checkpoint(newest(folder))["step"]
     sh(work, *command)
-    assert 0 < reached < 300 and read_checkpoint(next(folder.glob("*.pt")))["step"] == 300
+    assert 0 < reached < 300 and read_checkpoint(newest(folder))["step"] == 300
     assert len(pd.read_csv(work/run_of("tissue", "mae", 0)/"live"/"plots"/"metrics"/"loss.tsv", sep="\t")) == 150
 
 
@@ -100,7 +103,7 @@ def test_what_fails_after_the_training_costs_no_step(work):
     edit_params(work, encoder__mae__mask_ratio=0.6)
     (work/"build"/"broken").write_text("")
     assert "a plot fails" in sh(work, "dvc", "repro", "pretrain@tissue-mae-0", fails=True)
-    complete = max((work/"checkpoints"/run_of("tissue", "mae", 0)).glob("*.pt"), key=lambda p: p.stat().st_mtime_ns)
+    complete = newest(work/"checkpoints"/run_of("tissue", "mae", 0))
     written = complete.stat().st_mtime_ns
     (work/"build"/"broken").unlink()
     sh(work, "dvc", "repro", "pretrain@tissue-mae-0")

@@ -15,15 +15,19 @@ from ..params import project_root
 
 # %% ../../nbs/pipeline/sweep.ipynb #n004
 def committed(
-    root:Path # project
-)->set[str]:  # folders, from the root
-    "The results that DVC has recorded, of stages of which it says that nothing has changed since."
+    root:Path,      # project
+    wanted:set[str] # folders, from the root
+)->set[str]:
+    "Those that DVC has recorded as results, and of whose stages it says that nothing has changed since."
     if not (root/"dvc.lock").is_file(): return set()
-    told = subprocess.run([sys.executable, "-m", "dvc", "status", "--json"], cwd=root, capture_output=True, text=True)
+    stages = (yaml.safe_load((root/"dvc.lock").read_text()) or {}).get("stages", {})
+    made_by = {o["path"]: name for name, s in stages.items() for o in s.get("outs", []) if o["path"] in wanted}
+    if not made_by: return set()
+    # of these stages alone, for this runs within another stage, whose results are locked
+    told = subprocess.run([sys.executable, "-m", "dvc", "status", "--json", *made_by.values()], cwd=root, capture_output=True, text=True)
     try: changed = json.loads(told.stdout)
     except ValueError: return set() # DVC cannot tell
-    stages = (yaml.safe_load((root/"dvc.lock").read_text()) or {}).get("stages", {})
-    return {o["path"] for name, s in stages.items() if name not in changed for o in s.get("outs", [])}
+    return {path for path, name in made_by.items() if name not in changed}
 
 # %% ../../nbs/pipeline/sweep.ipynb #n005
 def finished(
@@ -32,9 +36,8 @@ def finished(
     "Where checkpoints lie whose results are safe."
     root = Path(root or project_root())
     there = root/"checkpoints"
-    folders = sorted({f.parent for f in there.rglob("*.pt")})
-    safe = committed(root) if folders else set()
-    return [p for p in folders if str(p.relative_to(there)) in safe]
+    folders = {str(f.parent.relative_to(there)): f.parent for f in there.rglob("*.pt")}
+    return [folders[o] for o in sorted(committed(root, set(folders)))]
 
 def sweep(root:Path=None):
     "Remove the checkpoints of results that are safe, but for those that a process holds."
