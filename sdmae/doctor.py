@@ -159,10 +159,12 @@ def checkpoints(root:Path)->Iterator[tuple]:
     from sdmae.pipeline.sweep import finished
     from sdmae.train.checkpoint import last_good
     safe = finished(root)
+    done = [p for p in (root/"checkpoints").rglob("*.pt") if p.parent in safe]
+    if done:
+        yield line(None, f"{len(done)} whose results are safe, {size(sum(p.stat().st_size for p in done))}: they go with the next report")
     for p in sorted((root/"checkpoints").rglob("*.pt")):
         name, n = str(p.relative_to(root)), size(p.stat().st_size)
-        if p.parent in safe: yield line(None, f"{name}, {n}: its result is safe, it goes with the next report")
-        else:
+        if p.parent not in safe:
             yield tried(name, lambda p=p: f"{n}, step {last_good(p)[1]['step']}: goes on from here, if parameters, data and code are as "
                                           f"they were",
                         "delete it to start again")

@@ -129,6 +129,13 @@ def test_a_checkpoint_made_of_something_else_is_refused_with_the_reason(change, 
     assert (tmp_path/"c.pt").exists()
 
 
+def test_a_finished_training_of_other_code_gives_way(tmp_path):
+    "It would mix with nothing, so an edit of a method asks nobody to delete anything; the run begins anew, and says so."
+    run("mae", checkpoint=tmp_path/"c.pt", made_of=MADE)
+    with pytest.warns(UserWarning, match="c.pt is a finished training of something else .torch: 2.11 → 2.12.; this one begins anew"): _, history = run("mae", checkpoint=tmp_path/"c.pt", made_of=MADE | dict(torch="2.12"))
+    assert len(history) == 4 and len(run("mae", checkpoint=tmp_path/"c.pt", made_of=MADE | dict(torch="2.12"))[1]) == 4
+
+
 def test_a_checkpoint_that_does_not_say_what_made_it(tmp_path):
     "It is refused where that is asked for; where it is not, it goes on as before."
     interrupted(tmp_path/"c.pt")

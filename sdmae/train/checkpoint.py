@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['rng_state', 'set_rng_state', 'plain', 'before', 'cannot_resume', 'check_made_of', 'content', 'not_finite',
-           'read_checkpoint', 'remembering', 'state_of', 'save_checkpoint', 'last_good', 'check_state', 'put_aside',
-           'load_checkpoint', 'fingerprint', 'checkpoint_of']
+           'read_checkpoint', 'remembering', 'state_of', 'save_checkpoint', 'last_good', 'check_state', 'is_finished',
+           'put_aside', 'load_checkpoint', 'fingerprint', 'checkpoint_of']
 
 # %% ../../nbs/train/checkpoint.ipynb #c002
 import hashlib, json, os, random, warnings
@@ -139,6 +139,8 @@ def check_state(path:Path, state:dict, trainer):
         raise cannot_resume(path, f"step {step} with {done} epochs, in a run of {trainer.steps} steps and {trainer.epochs} epochs")
 
 # %% ../../nbs/train/checkpoint.ipynb #n002
+def is_finished(state:dict)->bool: return state["optimizer"] is None # nothing would be gone on with
+
 def put_aside(path:Path):
     "Rename a damaged checkpoint, or the next one would take the place of the one before; a disk that cannot is told."
     try: os.replace(path, path.with_suffix(".damaged"))
@@ -149,6 +151,8 @@ def load_checkpoint(path:Path, trainer):
     "Put a run back to where it was saved. Raises `ValueError` naming a file that is damaged, or of another model, code or version."
     if (found := last_good(path)) is None: return
     file, state = found
+    if is_finished(state) and (other := differences(state["made_of"], plain(trainer.made()))):
+        return warnings.warn(f"{file} is a finished training of something else ({'; '.join(other[:6])}); this one begins anew")
     check_state(file, state, trainer)
     try:
         trainer.model.load_state_dict(state["model"])
