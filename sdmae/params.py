@@ -12,7 +12,7 @@ __all__ = ['Text', 'Labels', 'RECIPES', 'NAMED', 'project_root', 'Section', 'as_
            'parse_params', 'PlainLoader', 'read_yaml', 'load_params', 'edited', 'main']
 
 # %% ../nbs/params.ipynb #c002
-import os, re, sys
+import re, sys
 from pathlib import Path
 from typing import Annotated, Literal
 import yaml
@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from fastcore.basics import patch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from .files import whole
 
 # %% ../nbs/params.ipynb #c005
 def project_root(
@@ -667,10 +668,8 @@ def main(
     except ValueError as e:
         print(e, file=sys.stderr)
         return 2
-    path = project_root()/"params.yaml"
-    new = path.with_name(f".{path.name}.{os.getpid()}.part")
-    new.write_text(yaml.safe_dump(values, sort_keys=False, width=1000, allow_unicode=True), encoding="utf8")
-    os.replace(new, path)
+    text = yaml.safe_dump(values, sort_keys=False, width=1000, allow_unicode=True)
+    with whole(project_root()/"params.yaml") as part: part.write_text(text, encoding="utf8")
     return 0
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main()) # a notebook has no file

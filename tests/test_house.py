@@ -17,7 +17,7 @@ from sdmae.pipeline.run import NotebookFailed, check_parameters, defaults, run, 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 PIPELINE = sorted((ROOT/"nbs"/"pipeline").glob("[0-9]*.ipynb"))
-ORDER = ["params", "files", "processes", "made", "data", "sources", "sample", "views", "models", "methods", "train", "evaluate", "report", "pipeline"]
+ORDER = ["files", "processes", "params", "made", "data", "sources", "sample", "views", "models", "methods", "train", "evaluate", "report", "pipeline"]
 
 name = lambda p: str(p.relative_to(ROOT/"nbs"))
 

@@ -44,6 +44,7 @@ def precision_name(P:Params, precision)->str:
     return "exact" if P.precision == "exact" else str(precision or "torch.float32")
 
 # %% ../../nbs/pipeline/ingredients.ipynb #n015
+@lru_cache
 def notebook_code(
     name:str # in nbs/pipeline
 )->dict[str,str]: # file → hash
@@ -72,7 +73,6 @@ def made_of_encoder(P:Params, name:str)->dict: # plain values
 # %% ../../nbs/pipeline/ingredients.ipynb #n012
 NOTEBOOKS = dict(probe="30_probe", finetune="40_finetune", linear_sgd="40_finetune", segment="50_segment") # of each protocol
 
-@lru_cache
 def code_of_protocol(protocol:str)->dict[str,str]: # file → hash
     "The code of a protocol's notebook, and what it imports."
     return notebook_code(NOTEBOOKS[protocol])

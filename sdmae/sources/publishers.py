@@ -386,6 +386,7 @@ def found_files(
                                 f"{len(rows)} rows name such files.")
     return rows.assign(path=names, file=[os.path.realpath(place/n) for n in names])
 
+# %% ../../nbs/sources/publishers.ipynb #n003
 def csv(
     path:Path, data:DataParams
 )->Source: # not yet split further
