@@ -145,11 +145,24 @@ class OptimParams(Section):
     "An optimiser with linear warm-up and cosine decay."
     name:Literal["adamw","adam","sgd","lars"] = "adamw" # LARS as in MAE's linear probe, Adam as in MIRAM's fine-tuning
     base_lr:float = Field(gt=0)                     # per 256 images
-    min_lr:float = Field(0., ge=0)                  # reached at the end
+    min_lr:float = Field(0., ge=0)                  # reached at the end of a cosine
+    schedule:Literal["cosine","steps"] = "cosine"   # after the warm-up; "steps": a tenth of the rate after each milestone
+    milestones:list[Annotated[float, Field(gt=0, lt=1)]] = [0.6, 0.8] # shares of all steps
     betas:tuple[float,float] = (0.9, 0.95)          # of AdamW and Adam
     momentum:float = Field(0.9, ge=0, lt=1)         # of SGD and LARS
+    nesterov:bool = False                           # of SGD
     weight_decay:float = Field(0.05, ge=0)          # not on biases, norms and positions
+    weight_decay_end:float|None = Field(None, ge=0) # which it rises or falls to, by half a cosine; None: it stays
+    clip_norm:float|None = Field(None, gt=0)        # longest gradient; a longer one is scaled down
     warmup:float = Field(0.05, ge=0, lt=1)          # share of all steps
+
+    @model_validator(mode="after")
+    def _decay(self):
+        if self.weight_decay_end is not None and not self.weight_decay:
+            raise ValueError("weight_decay_end: the decay starts from weight_decay, which is 0; set that above 0")
+        if self.nesterov and (self.name != "sgd" or not self.momentum):
+            raise ValueError("nesterov is for name: sgd with a momentum above 0")
+        return self
 
     def lr(self,
         batch_size:int # images between two optimiser steps
@@ -165,6 +178,13 @@ class EncoderForm(Section):
     image_size:int|None = Field(None, ge=8)     # px that the network sees; None: the model's, or the prepared image's
 
     def widths(self, model:ModelParams)->list[int]: return [model.embed_dim] # of all networks that know positions
+
+    def budget_faults(self,
+        budget,        # `PretrainParams`
+        tiles:int|None # of the training split; None where it is not prepared yet
+    )->list[str]:      # a line each, beginning with the parameter
+        "What a budget lacks for a method."
+        return []
 
     def faults(self,
         model:ModelParams,

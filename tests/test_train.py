@@ -181,7 +181,7 @@ def test_the_last_small_batch_is_left_out_and_an_epoch_repeats_no_tile():
 
 
 def test_schedule():
-    lrs = [lr_at(s, 100, 1., 0.1, 10) for s in range(100)]
+    lrs = [lr_at(s, 100, 1., OptimParams(base_lr=1., min_lr=0.1, warmup=0.1)) for s in range(100)]
     assert lrs[0] == pytest.approx(0.1) and lrs[9] == 1 and lrs[-1] == pytest.approx(0.1) and max(lrs) == 1
     assert all(a >= b for a, b in zip(lrs[9:], lrs[10:]))
 
@@ -348,3 +348,15 @@ def test_class_weights_need_every_class():
     with pytest.raises(ValueError, match="2 of 2 labelled tiles are of class b"): balance(torch.tensor([[0., 1.], [1., 1.]]), list("ab"))
     with pytest.raises(ValueError, match="task label has 3 classes.*num_classes 2"):
         fit_classifier(Encoder(32, 8, 24, 2, 2, num_classes=2), Labelled(), np.arange(8), RECIPE)
+
+
+def test_biases_norms_and_spared_names_do_not_decay():
+    "timm's argument for them has another place in newer versions, so it is given by its name."
+    torch.manual_seed(0)
+    for name in ("mae", "sdmae"):
+        model = method_of(PARAMS, name)
+        groups = Trainer(model, Batches(Tiles(), np.arange(24), 8), method_params(PARAMS, name).optim, 1, torch.device("cpu")).optimizer.param_groups
+        decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+        spared = getattr(model, "no_weight_decay", ())
+        for k, p in model.named_parameters():
+            if p.requires_grad: assert (id(p) in decayed) == (p.ndim > 1 and not k.endswith(".bias") and k not in spared), k

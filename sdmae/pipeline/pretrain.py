@@ -136,6 +136,7 @@ def build(
     if labelled: more = answers(store, method_params(P, name))
     model = method_of(P, name, seed, device, **more)
     if start := P.encoders[name].start: start_from(model.encoder, start, f"encoder.{name}.start")
+    if hasattr(model, "begin"): model.begin()
     return model
 
 # %% ../../nbs/pipeline/pretrain.ipynb #s001

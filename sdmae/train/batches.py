@@ -78,10 +78,11 @@ def prefetch(
     batches,        # Batches, or what has its `len`, `batch` and `resident`
     epoch:int,
     first:int=0,    # batch to begin with
+    end:int|None=None, # batch to end before; None: all of the epoch
     depth:int=2     # batches that are prepared in advance
 )->Iterator[tuple]:
     "The batches of an epoch in their order, read ahead unless they are resident. Raises what reading raises."
-    numbers = range(first, len(batches))
+    numbers = range(first, len(batches) if end is None else end)
     if batches.resident:
         for i in numbers: yield batches.batch(epoch, i)
         return

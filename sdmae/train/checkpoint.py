@@ -135,7 +135,7 @@ def check_state(path:Path, state:dict, trainer):
     own, step, done = trainer.model.state_dict(), state["step"], len(state["history"])
     other = [k for k, v in state["model"].items() if k in own and v.dtype != own[k].dtype]
     if other: raise cannot_resume(path, f"{other[0]} is {state['model'][other[0]].dtype}, here {own[other[0]].dtype}")
-    if not 0 <= step <= trainer.steps or done != step // len(trainer.batches):
+    if not 0 <= step <= trainer.steps or done != (trainer.epochs if step == trainer.steps else step // len(trainer.batches)):
         raise cannot_resume(path, f"step {step} with {done} epochs, in a run of {trainer.steps} steps and {trainer.epochs} epochs")
 
 # %% ../../nbs/train/checkpoint.ipynb #n002
