@@ -8,8 +8,9 @@ __all__ = ['Text', 'HELD', 'Labels', 'RECIPES', 'NAMED', 'project_root', 'Sectio
            'meant', 'resolved', 'SearchParams', 'PretrainParams', 'ProbeParams', 'FinetuneParams', 'SegmentParams',
            'ReportParams', 'TaskParams', 'EncoderParams', 'CompareParams', 'Params', 'typed', 'with_views', 'task_of',
            'model_of', 'budget_of', 'encoder_of', 'faults_of', 'faults_of_names', 'lists_of', 'faults_of_comparison',
-           'store_of', 'run_of', 'eval_of', 'in_quotes', 'readable', 'composed', 'first_fault', 'why_not', 'compose',
-           'field_names', 'explain', 'parse_params', 'PlainLoader', 'read_yaml', 'load_params', 'edited', 'main']
+           'store_of', 'run_of', 'eval_of', 'in_quotes', 'readable', 'composed', 'first_fault', 'groups_of', 'why_not',
+           'compose', 'field_names', 'explain', 'parse_params', 'PlainLoader', 'read_yaml', 'load_params', 'edited',
+           'main']
 
 # %% ../nbs/params.ipynb #c002
 import re, sys
@@ -604,6 +605,11 @@ def first_fault(
         try: OmegaConf.to_container(composed(overrides[:i + 1]), resolve=True)
         except Exception: return override, OmegaConf.to_container(composed(overrides[:i]), resolve=True)
 
+# %% ../nbs/params.ipynb #n023
+def groups_of(values:dict)->list[str]: # dotted paths, down to three names
+    "The sections that there are."
+    return [".".join(k.split(".")[:i]) for k in flat(values) for i in (1, 2, 3)]
+
 # %% ../nbs/params.ipynb #n010
 def why_not(
     override:str, values:dict # as of `first_fault`
@@ -622,8 +628,10 @@ def why_not(
         base = flat(resolved(kind, values[kind], rest[0]))
         if ".".join([*rest[1:], last]) in base:
             return f"{key} is taken over from another ({kind}.{rest[0]}.of): set it with two plus signs, ++{override}"
+    if last in field_names() and section in groups_of(values) and not override.startswith("+"):
+        return f"{key} is left at its default, so the file does not hold it: set it with a plus sign, +{override}"
     groups = [p.name for p in (project_root()/"conf").iterdir() if p.is_dir()]
-    known = groups + list(flat(values)) + [".".join(k.split(".")[:i]) for k in flat(values) for i in (1, 2, 3)]
+    known = groups + list(flat(values)) + groups_of(values)
     return f"there is no {key}{meant(key, known)}"
 
 # %% ../nbs/params.ipynb #n011
