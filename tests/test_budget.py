@@ -1,0 +1,157 @@
+"Equal budgets: what is held, what it costs, and that an interrupted training keeps the steps that it began with."
+import json
+from functools import partial
+
+import numpy as np, pytest, torch, yaml
+
+from sdmae.data.records import Record, Source
+from sdmae.data.store import TileStore, prepare
+from sdmae.methods.registry import method_of, method_params
+from sdmae.params import OptimParams, compose, parse_params
+from sdmae.pipeline import pretrain as stage
+from sdmae.pipeline.budget import count_flops, step_seconds
+from sdmae.pipeline.plan import encoder_faults
+from sdmae.train.batches import Batches
+from sdmae.train.checkpoint import rng_state
+from sdmae.train.engine import Callback, Trainer, lr_at
+
+CPU = torch.device("cpu")
+SMALL = ["only=tissue", "data.tissue.image_size=32", "model.embed_dim=24", "model.depth=2", "model.num_heads=2", "pretrain.tissue.batch_size=8",
+         "pretrain.tissue.watch_every=4", "device=cpu", "precision=float32"]
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    "Forty tiles of noise, twenty to train on, prepared."
+    folder = tmp_path_factory.mktemp("tiles")
+    noise = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    records = [Record(f"{i}.png", "ab"[i//4%2], ("train", "train", "valid", "test")[i%4], "", "", partial(np.copy, noise[i])) for i in range(40)]
+    prepare(Source("noise", records, ["a", "b"], False, []), folder/"tiles", parse_params(compose(SMALL)).data["tissue"])
+    return folder/"tiles"
+
+
+def run(folder, tiles, encoder="mae", **held):
+    "A pre-training with a budget: what it says of itself."
+    values = compose(SMALL)
+    values["pretrain"]["tissue"] |= dict(epochs=None) | held
+    (folder/"params.yaml").write_text(yaml.safe_dump(values))
+    stage.pretrain(folder/"params.yaml", encoder=encoder, out=folder/"run", tiles=tiles)
+    return json.loads((folder/"run"/"made.json").read_text())
+
+
+def test_one_budget_is_held_and_the_others_follow(tmp_path, tiles):
+    made = run(tmp_path, tiles, images=100)
+    assert (made["steps"], made["images"], made["epochs"]) == (12, 96, 6.0) and made["last"]["epoch"] == 6
+    made = run(tmp_path, tiles, flops=made["flops"]*1.001)
+    assert made["steps"] == 12
+    assert run(tmp_path, tiles, epochs=3)["steps"] == 6
+
+
+def test_minutes_are_about_kept(tmp_path, tiles):
+    made = run(tmp_path, tiles, minutes=0.05)
+    assert made["steps"] > 20 and 0.005 < made["minutes"] < 0.5 # others may use the machine
+
+
+def test_operations_of_a_method_are_as_its_parts_say(tiles):
+    "MAE without a class token: two blocks over the visible half, two narrow ones over all, whose last answers for hidden tokens alone, three maps."
+    P = parse_params(compose([*SMALL, "encoder.mae.class_token=false"]))
+    model, store = method_of(P, "mae"), TileStore(tiles)
+    batch = (store.batch(store.indices("train")[:8]),)
+    state = rng_state(CPU)
+    counted = count_flops(model, batch, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), rng_state(CPU).values()) if torch.is_tensor(a))
+    def block(n, d, asked=None): return 6*n*d*d + (asked or n)*(18*d*d + 4*n*d)
+    d, D = 96, 24
+    maps = 8*2*192*D + 8*2*D*d + 8*2*d*192
+    expected = 3*(2*block(8, D) + block(16, d) + block(16, d, 8) + maps) - 8*2*192*D # backward twice the forward, but for pixels
+    assert counted == pytest.approx(expected, rel=0.02)
+
+
+def test_a_search_takes_the_best_rate_of_validation_and_begins_anew(tmp_path, tiles, monkeypatch):
+    seen = []
+    def look(store, device, precision): return lambda model: dict(valid_knn_balanced_accuracy=[.2, .9, .4][len(seen) - 1])
+    monkeypatch.setattr(stage, "feature_watch", look)
+    real = stage.trial
+    def noted(r, steps, optim): seen.append((steps, optim.base_lr)); return real(r, steps, optim)
+    monkeypatch.setattr(stage, "trial", noted)
+    made = run(tmp_path, tiles, epochs=10, search=dict(factors=[0.5, 2, 4], share=0.25))
+    base = parse_params(compose(SMALL)).encoders["mae"].section["optim"]["base_lr"]
+    assert seen == [(5, base*0.5), (5, base*2), (5, base*4)] and made["search"]["chosen"] == base*2 and made["search"]["score"] == [.2, .9, .4]
+    assert made["last"]["lr"] < base and len(made["search"]["base_lr"]) == 3
+    monkeypatch.undo()
+    plain = run(tmp_path, tiles, epochs=10)
+    values = compose([*SMALL, f"encoder.mae.optim.base_lr={base*2}", "pretrain.tissue.epochs=10"])
+    (tmp_path/"params.yaml").write_text(yaml.safe_dump(values))
+    stage.pretrain(tmp_path/"params.yaml", encoder="mae", out=tmp_path/"other", tiles=tiles)
+    assert json.loads((tmp_path/"other"/"made.json").read_text())["last"]["loss"] == made["last"]["loss"] != plain["last"]["loss"]
+
+
+def test_a_trial_that_diverges_is_out_and_all_of_them_are_an_error(tmp_path, tiles):
+    made = run(tmp_path, tiles, epochs=4, search=dict(factors=[1, 1e30], share=0.5))
+    assert made["search"]["score"][1] is None and made["search"]["score"][0] is not None
+    with pytest.raises(FloatingPointError, match="no trial of the search was finite"):
+        run(tmp_path, tiles, epochs=4, search=dict(factors=[1e29, 1e30], share=0.5))
+
+
+@pytest.mark.parametrize("held, said", [
+    (dict(minutes=1e-7), r"pretrain.minutes 1e-07 is less than one step"), (dict(images=7), "pretrain.images 7 is less than one step, which takes 8"),
+    (dict(flops=10.), "pretrain.flops 10 is less than one step"), (dict(), "epochs: missing; or one of images, minutes"),
+    (dict(minutes=1, images=5), "images and minutes: hold one of them equal"), (dict(epochs=1, search=dict(factors=[1])), "at least 2 items")])
+def test_budgets_that_cannot_be(tmp_path, tiles, held, said):
+    with pytest.raises(ValueError, match=said): run(tmp_path, tiles, **held)
+
+
+def test_minutes_together_are_shared_out():
+    values = compose(SMALL)
+    values["pretrain"]["tissue"] |= dict(minutes_together=60, epochs=None)
+    assert parse_params(values).encoders["mae"].pretrain.held == ("minutes", 60/sum("pretrain" in e and e["pretrain"] == "tissue" for e in
+                                                                                  (values["encoder"][k] for k in values["compare"]["tissue"]["encoders"])))
+    values["seeds"] = [0, 1]; values["compare"]["tissue"]["encoders"] = ["random", "mae", "sdmae"]
+    assert parse_params(values).encoders["mae"].pretrain.minutes == 15
+    values["pretrain"]["tissue"]["search"] = dict(factors=[1, 2], share=0.25)
+    assert parse_params(values).encoders["mae"].pretrain.minutes == 10
+
+
+class Stop(Callback):
+    def __init__(self, epoch): self.epoch = epoch
+    def after_epoch(self, trainer):
+        if trainer.history[-1]["epoch"] == self.epoch: raise KeyboardInterrupt
+
+
+def test_a_part_of_an_epoch_goes_on_as_if_nothing_had_happened(tmp_path, tiles):
+    P = parse_params(compose([*SMALL]))
+    store = TileStore(tiles)
+    def train(callbacks=(), **kwargs):
+        model = method_of(P, "mae"); torch.manual_seed(0)
+        t = Trainer(model, Batches(store, store.indices("train"), 4), method_params(P, "mae").optim, 0, CPU, steps=13, callbacks=callbacks, **kwargs)
+        return model.state_dict(), t.fit()
+    whole, history = train()
+    assert [r["epoch"] for r in history] == [1, 2, 3]
+    for stop in (1, 2, 3):
+        file = tmp_path/f"{stop}.pt"
+        with pytest.raises(KeyboardInterrupt): train((Stop(stop),), checkpoint=file, checkpoint_minutes=0)
+        state, again = train(checkpoint=file)
+        assert all(torch.equal(a, state[k]) for k, a in whole.items()) and [r["loss"] for r in again] == [r["loss"] for r in history]
+
+
+def test_steps_counted_once_stay(tmp_path, tiles, monkeypatch):
+    "The second start measures nothing, though the machine is now slower."
+    monkeypatch.setattr(stage, "step_seconds", lambda trainer: 0.06)
+    monkeypatch.setattr(stage.Trainer, "fit", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt): run(tmp_path, tiles, minutes=0.01)
+    monkeypatch.undo()
+    monkeypatch.setattr(stage, "step_seconds", lambda trainer: 1/0)
+    assert run(tmp_path, tiles, minutes=0.01)["steps"] == 10
+
+
+def test_a_step_is_timed_without_a_trace(tiles):
+    P = parse_params(compose(SMALL)); store = TileStore(tiles)
+    t = Trainer(method_of(P, "mae"), Batches(store, store.indices("train"), 8), method_params(P, "mae").optim, 0, CPU, steps=10**9)
+    assert 1e-4 < step_seconds(t, least=3, seconds=0.) < 5
+
+
+def test_schedule_in_steps_and_its_faults():
+    o = OptimParams(base_lr=1., schedule="steps", warmup=0.1, milestones=[0.5, 0.75])
+    assert [round(lr_at(s, 100, 1., o), 6) for s in (0, 9, 10, 49, 50, 74, 75, 99)] == [0.1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    for bad, said in ((dict(weight_decay=0., weight_decay_end=.4), "weight_decay_end"), (dict(nesterov=True), "nesterov is for name: sgd")):
+        with pytest.raises(ValueError, match=said): OptimParams(base_lr=1., **bad)
