@@ -7,10 +7,10 @@ __all__ = ['Text', 'Strengths', 'HELD', 'Labels', 'RECIPES', 'NAMED', 'project_r
            'MasksParams', 'DataParams', 'ModelParams', 'StainParams', 'strengths', 'ViewParams', 'OptimParams',
            'EncoderForm', 'merged', 'flat', 'differences', 'meant', 'resolved', 'SearchParams', 'PretrainParams',
            'ProbeParams', 'FinetuneParams', 'SegmentParams', 'ReportParams', 'TaskParams', 'EncoderParams',
-           'CompareParams', 'Params', 'typed', 'with_views', 'task_of', 'model_of', 'budget_of', 'encoder_of',
-           'faults_of', 'faults_of_names', 'lists_of', 'faults_of_comparison', 'store_of', 'run_of', 'eval_of',
-           'in_quotes', 'readable', 'composed', 'first_fault', 'groups_of', 'why_not', 'compose', 'field_names',
-           'explain', 'parse_params', 'PlainLoader', 'read_yaml', 'load_params', 'edited', 'main']
+           'CompareParams', 'Params', 'typed', 'with_views', 'with_stain', 'task_of', 'model_of', 'budget_of',
+           'encoder_of', 'faults_of', 'faults_of_names', 'lists_of', 'faults_of_comparison', 'store_of', 'stain_of',
+           'run_of', 'eval_of', 'in_quotes', 'readable', 'composed', 'first_fault', 'groups_of', 'why_not', 'compose',
+           'field_names', 'explain', 'parse_params', 'PlainLoader', 'read_yaml', 'load_params', 'edited', 'main']
 
 # %% ../nbs/params.ipynb #c002
 import re, sys
@@ -115,7 +115,7 @@ class ModelParams(Section):
 # %% ../nbs/params.ipynb #n021
 class StainParams(Section):
     "Stain augmentation by statistics of tissue: RandStainNA and RandStainNA-GMM."
-    file:str = Field(min_length=1)                              # of `python -m sdmae.views.stain fit`; from the project's root, or absolute
+    file:str|None = Field(None, min_length=1)                   # of `python -m sdmae.views.stain fit`; None: that of the prepared data
     kind:Literal["gaussian","mixture"] = "mixture"              # RandStainNA, each number on its own; RandStainNA-GMM, jointly
     spaces:list[Literal["lab","hsv","hed"]] = Field(["lab","hsv","hed"], min_length=1) # one is drawn an image
     probability:float = Field(1., ge=0, le=1)                   # of an image
@@ -488,13 +488,24 @@ def with_views(
     def full(v): return resolved("views", views, v) if isinstance(v, str) else resolved("views", views | {"": v}, "") if "of" in v else v
     return {k: full(v) if k.split("_")[-1] == "views" and isinstance(v, (str, dict)) else v for k, v in values.items()}
 
+def with_stain(
+    values, # a section, or what is in it
+    data:str
+):
+    "The same, with the stain of the prepared data where a section `stain` names no file."
+    if not isinstance(values, dict): return values
+    full = {k: with_stain(v, data) for k, v in values.items()}
+    if isinstance(full.get("stain"), dict) and full["stain"].get("file") is None: full["stain"] = full["stain"] | dict(file=stain_of(data))
+    return full
+
 # %% ../nbs/params.ipynb #n000
 def task_of(P:Params, name:str)->TaskParams:
     "A task with its recipes. Raises `ValueError` naming what does not fit."
     values, sections = resolved("task", P.task, name), dict(probe=ProbeParams, finetune=FinetuneParams, segment=SegmentParams)
     def recipe(protocol, of):
         kind = RECIPES[protocol]
-        return typed(sections[kind], with_views(P.views, resolved(kind, getattr(P, kind), of)), f"{kind}.{of}")
+        own = with_stain(with_views(P.views, resolved(kind, getattr(P, kind), of)), values.get("data", ""))
+        return typed(sections[kind], own, f"{kind}.{of}")
     return typed(TaskParams, values | {p: recipe(p, values[p]) for p in RECIPES if values.get(p)}, f"task.{name}")
 
 # %% ../nbs/params.ipynb #n001
@@ -523,7 +534,8 @@ def encoder_of(P:Params, name:str)->EncoderParams:
     own = {k: v for k, v in values.items() if k in EncoderParams.model_fields and k not in ("of", "section")}
     own["model"] = typed(ModelParams, model_of(P.model, values.get("model", {})), f"encoder.{name}.model")
     if budget := values.get("pretrain"): own["pretrain"] = budget_of(P, budget)
-    section = with_views(P.views, {k: v for k, v in values.items() if k not in EncoderParams.model_fields})
+    own_section = {k: v for k, v in values.items() if k not in EncoderParams.model_fields}
+    section = with_stain(with_views(P.views, own_section), values.get("data", ""))
     return typed(EncoderParams, own | dict(section=section, of=P.encoder[name].get("of")), f"encoder.{name}")
 
 # %% ../nbs/params.ipynb #n002
@@ -582,6 +594,10 @@ def image_size(self:Params,
 def store_of(data:str)->str:
     "Folder of prepared data."
     return f"stores/{data}"
+
+def stain_of(data:str)->str:
+    "Statistics of the stain of prepared data, fitted to its training tiles."
+    return f"{store_of(data)}/stain.json"
 
 def run_of(study:str, encoder:str, seed:int)->str:
     "Folder of a pre-training; the encoder itself lies in `encoder/` there."

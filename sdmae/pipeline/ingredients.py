@@ -26,7 +26,7 @@ def store_hash(
     folder:str # of prepared data, from the root or absolute
 )->str|None:   # None where it was not prepared
     "A hash of prepared data: of its manifest, which holds one of the images, and of its table."
-    files = [f for f in sorted((project_root()/folder).glob("*")) if f.suffix in (".json", ".csv")]
+    files = [f for f in sorted((project_root()/folder).glob("*")) if f.suffix in (".json", ".csv") and f.name != "stain.json"]
     return hashlib.sha256("".join(map(hash_of, files)).encode()).hexdigest() if files else None
 
 # %% ../../nbs/pipeline/ingredients.ipynb #n006

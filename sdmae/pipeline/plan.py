@@ -45,6 +45,8 @@ def view_faults(section:Section, data:DataParams)->list[str]: # a line each, beg
         if data.adapter == "cbis": # the one whose images are grey
             faults += [f"{name}.{k} changes stains, and data {data.name!r} is grey: leave it out" for k in ("stain", "hed_jitter") if getattr(views, k)]
         elif views.stain:
+            path = project_root()/views.stain.file
+            if path.parent.parent == project_root()/"stores" and not path.parent.exists(): continue # the data is not prepared yet
             try: read_stain(views.stain)
             except (ValueError, OSError) as e: faults.append(f"{name}.stain.file: {e}")
     return faults
