@@ -11,6 +11,7 @@ from skimage import color
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sdmae.views.draws as draws
+import sdmae.views.spaces as spaces
 import sdmae.views.stain as stain
 from sdmae.data.records import Record, Source
 from sdmae.data.store import prepare
@@ -20,8 +21,8 @@ from sdmae.pipeline.plan import encoder_faults, task_faults
 from sdmae.pipeline.pretrain import run_config
 from sdmae.sample.tissue import CENTRES, make_tile
 from sdmae.views.augment import Views
-from sdmae.views.spaces import DARKEST, STAINS, rgb_to_hed
-from sdmae.views.stain import FEWEST, SPACES, Law, Stain, change_stains, describe, fit, fit_law, hed_jitter, in_groups, in_parts, law_of, main, read_stain, tissue, transfer
+from sdmae.views.spaces import DARKEST, STAINS, in_parts, rgb_to_hed
+from sdmae.views.stain import FEWEST, SPACES, Law, Stain, change_stains, describe, fit, fit_law, hed_jitter, in_groups, law_of, main, read_stain, tissue, transfer
 
 REAL = Path(__file__).parents[2]/"shared"/"realdata"
 ALL = list(SPACES)
@@ -183,7 +184,7 @@ def test_hed_jitter_of_strength_zero_is_the_tile(x): torch.testing.assert_close(
 
 def test_parts_are_the_whole(x, monkeypatch):
     for n in (1, 3*48*48, 10*3*48*48, 2**30):
-        monkeypatch.setattr(stain, "PART", n)
+        monkeypatch.setattr(spaces, "PART", n)
         torch.manual_seed(1); out = hed_jitter(x, .1)
         if n == 1: whole = out
         torch.testing.assert_close(out, whole, rtol=0, atol=1e-6)
@@ -395,7 +396,7 @@ def test_the_command(tissues, tmp_path, capsys):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(format="other"), "is no file of stain"), (dict(source__used=12), "was fitted to 12 tiles, 50 are needed"),
-    (dict(spaces__lab__gaussian__std=[0]*6), "lab: a deviation is not above 0"), (dict(spaces__lab__gaussian__mean=[float("nan")]*6), "numbers are not finite"),
+    (dict(spaces__lab__gaussian__std=[0]*6), "lab: a deviation or a weight is not above 0"), (dict(spaces__lab__gaussian__mean=[float("nan")]*6), "numbers are not finite"),
     (dict(spaces__hsv__mixture__means=[[0]*5]), "six numbers are needed"), (dict(spaces__hsv__mixture={}), "hsv: 'weights'"), (dict(spaces__hed=3), "hed: "),
     (dict(spaces__hed__mixture__covariances=[np.zeros((6, 6)).tolist()]), "hed: Matrix is not positive definite"), (dict(source={}), "is damaged, source: 'used'"), (dict(spaces=[]), "has the colour spaces , not lab")])
 def test_a_file_that_cannot_be_used(changes, words, file, tmp_path):

@@ -11,7 +11,8 @@ __all__ = ['STAGES', 'WITH_PROSE', 'SHOWN', 'encoder_faults', 'train_tiles', 'in
 import json
 from pathlib import Path
 from ..files import whole
-from ..params import RECIPES, DataParams, Params, Section, ViewParams, differences, flat, load_params, project_root, resolved, store_of
+from ..params import (RECIPES, DataParams, Params, Section, ViewParams, differences, flat, load_params, project_root, resolved,
+                              store_of)
 from ..methods.registry import BASELINES, PROBED_ONLY, method_params
 from .ingredients import NOTEBOOKS, made_of_encoder, made_of_task
 from .run import strip
@@ -43,7 +44,8 @@ def view_faults(section:Section, data:DataParams)->list[str]: # a line each, beg
     faults = []
     for name, views in [(k, v) for k, v in section if isinstance(v, ViewParams)]:
         if data.adapter == "cbis": # the one whose images are grey
-            faults += [f"{name}.{k} changes stains, and data {data.name!r} is grey: leave it out" for k in ("stain", "hed_jitter") if getattr(views, k)]
+            faults += [f"{name}.{k} changes stains, and data {data.name!r} is grey: leave it out" for k in ("stain", "hed_jitter")
+                       if getattr(views, k)]
         elif views.stain:
             path = project_root()/views.stain.file
             if path.parent.parent == project_root()/"stores" and not path.parent.exists(): continue # the data is not prepared yet

@@ -51,7 +51,8 @@ def run_config(
     form = {k: getattr(section, k) for k in ("class_token", "pos_embed") if hasattr(section, k)}
     return dict(method=e.method, section=section.model_dump(), seed=seed, image_size=P.image_size(name), model=e.model.model_dump(),
                 mean=MEAN, std=STD, form=form,
-                start=e.start, weights=start_hash(e), stain=stain_hashes(e.section), pretrain=p and p.decisive(), data=store.manifest["name"],
+                start=e.start, weights=start_hash(e), stain=stain_hashes(e.section),
+                pretrain=p and p.decisive(), data=store.manifest["name"],
                 tiles=store.manifest["sha256"], device=device.type, precision=precision_name(P, precision),
                 shards=Shards(project_root()/p.shards).sha256 if p and p.shards else None)
 
