@@ -41,7 +41,8 @@ class CalibrationScores:
 
     def confidence(self, top, right)->dict:
         "What the largest probability is off by, summed within bins."
-        return {k: sum_into(b, ECE_BINS, self.n, values=top - right) for k, b in (("ece", width_bins(top)), ("adaptive_ece", mass_bins(top)))}
+        bins = dict(ece=width_bins(top), adaptive_ece=mass_bins(top))
+        return {k: sum_into(b, ECE_BINS, self.n, values=top - right) for k, b in bins.items()}
 
     def __call__(self,
         weights # (n, B) how often each tile counts
@@ -54,6 +55,7 @@ class CalibrationScores:
 # %% ../../nbs/evaluate/calibration.ipynb #n011
 LIMIT = 20.
 
+# %% ../../nbs/evaluate/calibration.ipynb #n017
 def tempered(
     p,        # (n, C)
     T:float,
@@ -66,6 +68,7 @@ def tempered(
     z = np.exp(z - z.max(1, keepdims=True))
     return z/z.sum(1, keepdims=True)
 
+# %% ../../nbs/evaluate/calibration.ipynb #n018
 def fit_temperature(
     y, p # (n,) or (n, C), and (n, C): validation
 )->float:
@@ -90,6 +93,7 @@ def reliability(
     mean = lambda v: (np.bincount(b, v, ECE_BINS)[there]/counts[there]).tolist()
     return dict(confidence=mean(said), accuracy=mean(true), share=(counts[there]/len(b)).tolist())
 
+# %% ../../nbs/evaluate/calibration.ipynb #n019
 def calibration_of(
     y, drawn,      # test: labels, and probabilities (n, C), a draw each
     valid=None,    # labels and probabilities of validation; None where no label is to spare

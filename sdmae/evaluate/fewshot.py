@@ -51,6 +51,7 @@ def centred(
     "CL2N, the transformation of SimpleShot."
     return F.normalize(x - mean, dim=1)
 
+# %% ../../nbs/evaluate/fewshot.ipynb #n019
 def nearest_means(
     x:Tensor,       # (m, D) training features, centred
     episodes:Tensor, # (E, C, shots) rows of `x`

@@ -27,6 +27,7 @@ def hed_shift(
     moved = rgb_to_hed(x) + torch.as_tensor(amounts, dtype=torch.float32, device=x.device)[:, None, None]
     return (hed_to_rgb(moved).clamp(0, 1)*255).round()/255
 
+# %% ../../nbs/evaluate/shift.ipynb #n023
 def directions(
     draws:int, seed:int=0
 )->np.ndarray: # (draws, 3), the largest part of each ±1
@@ -42,6 +43,7 @@ def middle(
     "The strength whose loss is the headline."
     return hed[len(hed)//2]
 
+# %% ../../nbs/evaluate/shift.ipynb #n024
 def stain_shift(
     T:Task,
     predict,     # amounts (3,), or None for plain tiles → (n, C) probabilities of the test tiles
@@ -67,11 +69,13 @@ class Tiles:
     centre:np.ndarray      # (n,) names, "" where unknown
     groups:np.ndarray|None # (n,) patients or slides
 
+# %% ../../nbs/evaluate/shift.ipynb #n025
 @patch
 def at(self:Tiles, rows)->Tiles: # a mask or positions
     "Some of them."
     return Tiles(self.x[rows], self.y[rows], self.centre[rows], None if self.groups is None else self.groups[rows])
 
+# %% ../../nbs/evaluate/shift.ipynb #n027
 def halves(
     tiles:Tiles, seed:int=0
 )->tuple[np.ndarray,str]: # (n,) bool: the half to learn from; what was parted

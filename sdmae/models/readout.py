@@ -31,6 +31,7 @@ def all_levels(names, depth:int, joined:int)->list[int]: # ascending
     if unknown := [o for o in names if o not in READOUTS]: raise ValueError(f"readouts: there is no {unknown[0]}; there are {READOUTS}")
     return sorted({i for o in names for i in levels_of(o, depth, joined)})
 
+# %% ../../nbs/models/readout.ipynb #n015
 def put_together(
     names,                   # of candidates
     mean:Tensor,             # (B, D) of the last output

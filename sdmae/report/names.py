@@ -16,8 +16,7 @@ from fastcore.basics import patch
 from matplotlib.colors import to_hex, to_rgb
 
 # %% ../../nbs/report/names.ipynb #n005
-PROTOCOLS = {"linear": "linear probe", "linear_sgd": "linear probe (SGD)", "knn": "kNN", "finetune": "fine-tuned",
-             "few_shot": "SimpleShot", "hed_shift": "HED shift", "centre_shift": "centre held out"}
+PROTOCOLS = {"linear": "linear probe", "linear_sgd": "linear probe (SGD)", "knn": "kNN", "finetune": "fine-tuned"}
 METRIC_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_auc": "macro AUC", "macro_f1": "macro F1",
                 "ece": "ECE", "macro_ap": "macro AP", "micro_ap": "micro AP", "micro_auc": "micro AUC",
                 "released_macro_ap": "macro AP (as released)", "released_macro_auc": "macro AUC (as released)",

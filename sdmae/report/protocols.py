@@ -21,12 +21,16 @@ def readout_rows(facts:dict)->list[dict]: # of one file of scores, as the follow
     r = facts.get("readout") or dict(candidates={})
     return [dict(readout=k, read=r["read"][k], macro_auc=s, by=r["by"], chosen=k == r["chosen"]) for k, s in r["candidates"].items()]
 
+# %% ../../nbs/report/protocols.ipynb #n025
 def few_shot_rows(facts:dict)->list[dict]:
     "Low and high are over episodes, low_tiles and high_tiles over test tiles or their groups."
-    def row(k, e): return dict(shots=int(k), value=e["balanced_accuracy"], sd=e["sd"], low=e["interval"][0], high=e["interval"][1],
-                               low_tiles=e["tiles"][0], high_tiles=e["tiles"][1], n_train=e["n_train"], episodes=e["episodes"])
+    def row(k, e):
+        (low, high), (low_tiles, high_tiles) = e["interval"], e["tiles"]
+        return dict(shots=int(k), value=e["balanced_accuracy"], sd=e["sd"], low=low, high=high, low_tiles=low_tiles, high_tiles=high_tiles,
+                    n_train=e["n_train"], episodes=e["episodes"])
     return [row(k, e) for k, e in (facts.get("few_shot") or {}).items()]
 
+# %% ../../nbs/report/protocols.ipynb #n021
 def calibration_rows(facts:dict)->list[dict]:
     "As fitted, and with a temperature."
     def row(p, labels, c, k):
@@ -36,13 +40,17 @@ def calibration_rows(facts:dict)->list[dict]:
     return [row(p, l, c, k) for p, by_labels in (facts.get("calibration") or {}).items() for l, c in by_labels.items()
             for k in ("before", "after") if k in c]
 
+# %% ../../nbs/report/protocols.ipynb #n027
 def hed_rows(facts:dict)->list[dict]:
     "Score at each strength: mean, lowest and highest of the directions, and what was lost."
     hed = (facts.get("shift") or {}).get("hed") or dict(strengths=[])
-    return [dict(metric=hed["metric"], strength=r["strength"], middle=r["strength"] == hed["middle"], value=r["value"],
-                 lowest=min(r["each"] or [r["value"]]), highest=max(r["each"] or [r["value"]]), drop=r["drop"], low=r["low"], high=r["high"])
-            for r in hed["strengths"]]
+    def row(r):
+        each = r["each"] or [r["value"]] # plain tiles have no direction
+        return dict(metric=hed["metric"], middle=r["strength"] == hed["middle"], lowest=min(each), highest=max(each)) \
+             | {k: r[k] for k in ("strength", "value", "drop", "low", "high")}
+    return [row(r) for r in hed["strengths"]]
 
+# %% ../../nbs/report/protocols.ipynb #n028
 def centre_rows(facts:dict)->list[dict]:
     "A row for each centre that was held out."
     c = (facts.get("shift") or {}).get("centres") or dict(centres=[])
@@ -70,6 +78,7 @@ def collect_protocol(
 # %% ../../nbs/report/protocols.ipynb #n010
 def between(value, low, high)->str: return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
+# %% ../../nbs/report/protocols.ipynb #n029
 def readout_table(df:pd.DataFrame, names:Names=NO_NAMES)->pd.DataFrame: # as from `collect_protocol`; text
     "What was read of each encoder, and the macro AUC of every candidate, the chosen one in bold."
     lines = []
@@ -80,6 +89,7 @@ def readout_table(df:pd.DataFrame, names:Names=NO_NAMES)->pd.DataFrame: # as fro
                      | {k: f"**{t}**" if c else t for k, t, c in zip(part.readout, texts, part.chosen)})
     return pd.DataFrame(lines).fillna("")
 
+# %% ../../nbs/report/protocols.ipynb #n031
 def few_shot_table(df:pd.DataFrame, names:Names=NO_NAMES)->pd.DataFrame: # rows encoders, columns shots; text
     "Mean balanced accuracy of the episodes, and its interval over test tiles."
     s = df.groupby(["encoder", "shots"], sort=False)[["value", "low_tiles", "high_tiles"]].mean().reset_index()
@@ -101,6 +111,8 @@ def calibration_table(df:pd.DataFrame, names:Names=NO_NAMES)->pd.DataFrame: # te
                          "temperature": ["1" if t == "as fitted" else f"{T:.2f}" for t, T in zip(s.tempered, s.temperature)]})
     return text.assign(**{METRIC_NAMES[m]: ["" if np.isnan(v) else f"{v:.3f}" for v in s[m]] for m in metrics}).reset_index(drop=True)
 
+
+# %% ../../nbs/report/protocols.ipynb #n022
 def hed_table(df:pd.DataFrame, names:Names=NO_NAMES)->pd.DataFrame: # text
     "The score on plain tiles, at the middle strength, and the loss."
     s = df.groupby(["encoder", "strength", "middle"], sort=False)[["value", "drop", "low", "high"]].mean().reset_index()
@@ -108,6 +120,7 @@ def hed_table(df:pd.DataFrame, names:Names=NO_NAMES)->pd.DataFrame: # text
     return pd.DataFrame([{"encoder": names[e], "plain": f"{plain.value[e]:.3f}", f"at {mid.strength[e]:g}": f"{mid.value[e]:.3f}",
                           "loss": between(mid['drop'][e], mid.low[e], mid.high[e])} for e in mid.index])
 
+# %% ../../nbs/report/protocols.ipynb #n033
 def centre_table(df:pd.DataFrame, names:Names=NO_NAMES)->pd.DataFrame: # text
     "Each centre held out: the probe without it, the one with it, and the difference."
     sizes = ["n_train", "n_own", "n_test", "own"]
@@ -129,8 +142,10 @@ def _lines(ax, s, x, names):
         ends[e] = part[x].iloc[-1], part.value.iloc[-1]
     name_ends(ax, ends, names)
 
+# %% ../../nbs/report/protocols.ipynb #n035
 def _say(fig, text): fig.supxlabel(textwrap.fill(text, int(15*fig.get_size_inches()[0])), fontsize=8.5, color="#555555")
 
+# %% ../../nbs/report/protocols.ipynb #n036
 def _means(df, x, lower, upper):
     "Means over seeds of a value and of both ends of its band."
     return df.assign(lower=df[lower], upper=df[upper]).groupby(["encoder", x], sort=False)[["value", "lower", "upper"]].mean().reset_index()
@@ -153,6 +168,8 @@ def few_shot_curve(
     _say(fig, f"mean over {df.episodes.max():,} episodes, the same for every encoder; bands hold 95 % of the episodes")
     return fig
 
+
+# %% ../../nbs/report/protocols.ipynb #n023
 def shift_curve(
     df:pd.DataFrame, data:str, names:Names=NO_NAMES # as of `few_shot_curve`
 ): # figure
@@ -177,6 +194,8 @@ def reliability_of(
             if "reliability" in (c := by_labels.get("all", {})): found.setdefault(p, {})[e] = c
     return {p: found[p] for p in sorted(found, key=lambda p: sort_key(p, PROTOCOLS))}
 
+
+# %% ../../nbs/report/protocols.ipynb #n024
 def reliability_figure(
     found:dict, # as from `reliability_of`
     data:str, names:Names=NO_NAMES
@@ -190,11 +209,11 @@ def reliability_figure(
         column[0].set_title(PROTOCOLS.get(p, p), fontsize=10); column[1].set_xlabel("confidence")
     axes[0, 0].set_ylabel("accuracy, as fitted"); axes[1, 0].set_ylabel("accuracy, with a temperature")
     handles = {t: h for ax in axes.flat for h, t in zip(*ax.get_legend_handles_labels())}
-    fig.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8, frameon=False)
-    _say(fig, "test tiles, all labels, one run of each encoder; the temperature was fitted on validation")
+    fig.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
+    _say(fig, "test tiles, all labels, one run of each encoder, bins with 2 % of the tiles or more; temperature fitted on validation")
     return fig
 
 def _reliability_line(ax, bins, name, look):
     "The bins that hold something."
     c, a, share = (np.asarray(bins[k]) for k in ("confidence", "accuracy", "share"))
-    ax.plot(c[share >= .01], a[share >= .01], ms=4, lw=1.2, label=name, **look)
+    ax.plot(c[share >= .02], a[share >= .02], ms=4, lw=1.2, label=name, **look)
