@@ -82,8 +82,8 @@ def exchange(
 def _more(x, row)->str:
     "Labels needed, less those used, as words; open ends as such."
     if np.isnan(x): return "unknown"
-    if np.isposinf(x): return f"more than {row['n_max'] - row['n']:+,.0f}"
-    if np.isneginf(x): return f"less than {row['n_min'] - row['n']:+,.0f}"
+    if np.isposinf(x): return f"more than {row['n_max'] - row['n']:+,.0f}" if row["n"] < row["n_max"] else "more than all labels"
+    if np.isneginf(x): return f"less than {row['n_min'] - row['n']:+,.0f}" if row["n"] > row["n_min"] else "nothing"
     return f"{x - row['n']:+,.0f}"
 
 def worth_text(
