@@ -142,9 +142,14 @@ def _exchange_row(ax, y, r, look):
         if np.isinf(x):
             ax.annotate("", (inside(x)*1.25**np.sign(x), y), (inside(x), y), arrowprops=dict(arrowstyle="->", color=look["color"], lw=1.6))
     if np.isfinite(r["needed"]): ax.plot(r["needed"], y, ls="", ms=8, **look)
-    ax.annotate(worth_text(r), (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color="#444444")
+    ax.annotate(worth_text(r).split(" [")[0], (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color="#444444")
 
 # %% ../../nbs/report/worth.ipynb #n020
+def _exchange_lines(rows, names)->list[tuple[str,str]]: # (protocol, encoder)
+    "What stands in a panel, from top to bottom."
+    protocols = sorted(rows.protocol.unique(), key=lambda p: sort_key(p, PROTOCOLS))
+    return [(p, e) for p in protocols for e in names.top_down(rows[rows.protocol == p].encoder.unique())]
+
 def exchange_figure(
     rows:pd.DataFrame, # as from `exchange_rows`
     data:str,          # as from `data_label`
@@ -153,16 +158,17 @@ def exchange_figure(
     "Labels that a reference needs for the score of each encoder with the fewest labels, a panel per reference."
     rows = rows[rows.n == rows.n.min()]
     curves = [k for k in CURVES if k in set(rows.curve)]
-    lines = list(dict.fromkeys((p, e) for p in sorted(rows.protocol.unique(), key=lambda p: sort_key(p, PROTOCOLS))
-                               for e in names.top_down(rows[rows.protocol == p].encoder.unique())))
+    lines = {k: _exchange_lines(rows[rows.curve == k], names) for k in curves}
     title = f"Labels that others need for the score with {rows.n.min():,} labels: {data}"
-    fig, axes = panels(len(curves), 1, 6.6 + room(rows.encoder.unique(), names), .34*len(lines) + .9, title, sharex=True)
+    heights = [len(lines[k]) + 1.5 for k in curves]
+    size = 5.6 + 2*room(rows.encoder.unique(), names), .3*sum(heights)/len(curves) + .6/len(curves)
+    fig, axes = panels(len(curves), 1, *size, title, sharex=True, height_ratios=heights)
     for ax, curve in zip(axes[:, 0], curves):
         for r in rows[rows.curve == curve].to_dict("records"):
-            _exchange_row(ax, lines.index((r["protocol"], r["encoder"])), r, names.style(r["encoder"]))
-        ax.set_yticks(range(len(lines)), [f"{names.short(e)}, {PROTOCOLS.get(p, p)}" for p, e in lines])
-        for tick, (_, e) in zip(ax.get_yticklabels(), lines): tick.set_color(ink(e, names))
-        ax.set(xscale="log", xlim=(rows.n_min.min()/1.5, rows.n_max.max()*1.5), ylim=(len(lines) - .5, -.5))
+            _exchange_row(ax, lines[curve].index((r["protocol"], r["encoder"])), r, names.style(r["encoder"]))
+        ax.set_yticks(range(len(lines[curve])), [f"{names.short(e)}, {PROTOCOLS.get(p, p)}" for p, e in lines[curve]])
+        for tick, (_, e) in zip(ax.get_yticklabels(), lines[curve]): tick.set_color(ink(e, names))
+        ax.set(xscale="log", xlim=(rows.n_min.min()/1.6, rows.n_max.max()*1.6), ylim=(len(lines[curve]) - .5, -.5))
         ax.set_title(curve, fontsize=10)
     axes[-1, 0].set_xlabel("labelled tiles")
     return fig
@@ -297,7 +303,7 @@ def card_figure(
     "A row an encoder: its score as it is and without colour, above chance; how well colour can be read."
     m, of = card_means(cards), cards["of"].iloc[0]
     rows = names.top_down(m.index)
-    size, title = (3.6 + room(rows, names)/2, .42*len(rows) + 1.3), f"Is it more than {of}? {data}"
+    size, title = (4.2 + room(rows, names)/2, .42*len(rows) + 1.3), f"Is it more than {of}? {data}"
     fig, axes = panels(1, 2, *size, title, sharey=True, width_ratios=[2, 1])
     for y, e in enumerate(rows):
         r, colour = m.loc[e], names.style(e)["color"]
@@ -307,5 +313,5 @@ def card_figure(
         axes[0, 1].annotate(r.word, (1.04, y), xycoords=("axes fraction", "data"), va="center", fontsize=9, color="#333333")
     axes[0, 0].set_yticks(range(len(rows)), [names.short(e) for e in rows]); axes[0, 0].set_ylim(len(rows) - .5, -.5)
     axes[0, 0].set_xlabel(f"{METRIC_NAMES[cards.metric.iloc[0]]}; pale: without {of}; dotted: chance")
-    axes[0, 1].set(xlim=(0, 1), xlabel=f"{of} read from features, R²")
+    axes[0, 1].set(xlim=(0, 1), xlabel=f"R² of {of}")
     return fig
