@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'CURVES', 'CARD_FILE', 'same_network', 'delta_cell', 'delta_table', 'run_draws', 'label_counts',
-           'exchange_rows', 'exchange_table', 'exchange_figure', 'task_ranks', 'ranks_text', 'ranks_figure',
-           'read_cards', 'card_means', 'card_table', 'card_figure']
+           'exchange_rows', 'rate_text', 'exchange_table', 'exchange_figure', 'task_ranks', 'ranks_text',
+           'ranks_figure', 'read_cards', 'card_means', 'card_table', 'card_figure']
 
 # %% ../../nbs/report/worth.ipynb #n002
 import json
@@ -114,23 +114,26 @@ def exchange_rows(
     return rows.assign(**{key: [spent(e, key) for e in rows.encoder] for key in ("minutes", "flops")}) if len(rows) else rows
 
 # %% ../../nbs/report/worth.ipynb #n016
-def _rate(row, spent)->str:
-    "Labels for each unit spent; an open end is a bound."
-    x = gain(row)
-    if not np.isfinite(spent) or not spent or np.isneginf(x) or np.isnan(x): return "–"
-    bound = row["n_max"] - row["n"]
-    return f"more than {bound/spent:,.0f}" if np.isposinf(x) and bound else f"{x/spent:,.0f}" if np.isfinite(x) else "–"
+def rate_text(row, spent)->str:
+    "Labels saved for each unit spent, where any are saved for sure; an open end gives a bound."
+    sure = row["low"] > row["n"] and np.isfinite(spent) and spent > 0
+    if not sure or (np.isposinf(row["needed"]) and row["n"] >= row["n_max"]): return "–"
+    return f"more than {(row['n_max'] - row['n'])/spent:,.0f}" if np.isposinf(row["needed"]) else f"{gain(row)/spent:,.0f}"
 
 def exchange_table(
     rows:pd.DataFrame, # as from `exchange_rows`
     metric:str, names:Names
 )->pd.DataFrame:       # text
-    "The label exchange rate as it is read."
-    lines = [{"encoder": names[r["encoder"]], "read by": PROTOCOLS.get(r["protocol"], r["protocol"]), "labels": f"{r['n']:,}",
-              METRIC_NAMES.get(metric, metric): f"{r['score']:.3f}", "against": r["curve"], "worth in labels": worth_text(r),
-              "a minute": _rate(r, r["minutes"]), "a PFLOP": _rate(r, r["flops"]/1e15)} for r in rows.to_dict("records")]
-    table = pd.DataFrame(lines)
-    return table.loc[:, [k for k in table if k not in ("a minute", "a PFLOP") or (table[k] != "–").any()]]
+    "The label exchange rate as it is read, a row an encoder, a protocol and a number of labels, a column a curve."
+    lines = {}
+    for r in rows.to_dict("records"):
+        line = lines.setdefault((r["encoder"], r["protocol"], r["n"]), {
+            "encoder": names[r["encoder"]], "read by": PROTOCOLS.get(r["protocol"], r["protocol"]), "labels": f"{r['n']:,}",
+            METRIC_NAMES.get(metric, metric): f"{r['score']:.3f}"} | {k: "–" for k in (*CURVES, "a minute", "a PFLOP")})
+        line[r["curve"]] = worth_text(r)
+        if r["curve"] == "from scratch": line |= {"a minute": rate_text(r, r["minutes"]), "a PFLOP": rate_text(r, r["flops"]/1e15)}
+    table = pd.DataFrame(list(lines.values()))
+    return table.loc[:, [k for k in table if (table[k] != "–").any()]]
 
 # %% ../../nbs/report/worth.ipynb #n019
 def _exchange_row(ax, y, r, look):
@@ -150,6 +153,7 @@ def _exchange_lines(rows, names)->list[tuple[str,str]]: # (protocol, encoder)
     protocols = sorted(rows.protocol.unique(), key=lambda p: sort_key(p, PROTOCOLS))
     return [(p, e) for p in protocols for e in names.top_down(rows[rows.protocol == p].encoder.unique())]
 
+# %% ../../nbs/report/worth.ipynb #n021
 def exchange_figure(
     rows:pd.DataFrame, # as from `exchange_rows`
     data:str,          # as from `data_label`
@@ -173,7 +177,7 @@ def exchange_figure(
     axes[-1, 0].set_xlabel("labelled tiles")
     return fig
 
-# %% ../../nbs/report/worth.ipynb #n023
+# %% ../../nbs/report/worth.ipynb #n024
 def task_ranks(
     scores_by_task:dict, # task -> as from `collect`
     metric_by_task:dict, # task -> the score that leads
@@ -190,7 +194,7 @@ def task_ranks(
     full = {t: v[shared].dropna() for t, v in tables.items()}
     return pd.DataFrame({t: mean_ranks(v) for t, v in full.items() if len(v)}, index=shared).T if len(shared) > 1 else pd.DataFrame()
 
-# %% ../../nbs/report/worth.ipynb #n026
+# %% ../../nbs/report/worth.ipynb #n027
 def ranks_text(
     ranks:pd.DataFrame, # as from `task_ranks`
     names:Names
@@ -210,7 +214,7 @@ def ranks_text(
     asked = "" if np.isnan(p) else f"Friedman's p is {p:.3f}: {shown}. "
     return f"{head}{asked}Ranks nearer than {cd:.2f} are not distinguishable: {together or 'none are'}."
 
-# %% ../../nbs/report/worth.ipynb #n028
+# %% ../../nbs/report/worth.ipynb #n029
 def _rank_name(ax, rank, y, left, text, colour, k):
     "A stem from the axis to a name at the side."
     side = 1 - .12*(k-1) if left else k + .12*(k-1)
@@ -228,7 +232,7 @@ def _rank_axis(ax, k, cd):
     ax.spines[["bottom", "left"]].set_visible(False)
     ax.set(yticks=[], xticks=[], xlim=(1 - .12*(k-1), k + .12*(k-1)))
 
-# %% ../../nbs/report/worth.ipynb #n029
+# %% ../../nbs/report/worth.ipynb #n030
 def ranks_figure(
     ranks:pd.DataFrame, # as from `task_ranks`
     title:str,
@@ -250,7 +254,7 @@ def ranks_figure(
     ax.set_ylim(below + .5*half, -1.5)
     return fig
 
-# %% ../../nbs/report/worth.ipynb #n032
+# %% ../../nbs/report/worth.ipynb #n033
 CARD_FILE = "card.json"
 
 def read_cards(
@@ -270,7 +274,7 @@ def read_cards(
         rows.append(dict(encoder=e, seed=s) | card | dict(structure_r2=last.get("structure_r2", np.nan)))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/report/worth.ipynb #n034
+# %% ../../nbs/report/worth.ipynb #n035
 def card_means(
     cards:pd.DataFrame # as from `read_cards`
 )->pd.DataFrame:       # a row an encoder, in their order; word: the rule, asked of the means
@@ -278,6 +282,7 @@ def card_means(
     means = cards.groupby("encoder", sort=False).mean(numeric_only=True)
     kept = (means.without_colour - means.chance) / (means.score - means.chance).where(means.score > means.chance)
     words = [colour_word(r.p, r.p_without, k) for r, k in zip(means.itertuples(), kept)]
+    kept = kept.where([w != "chance" for w in words]) # nothing was gained that could be kept
     return means.assign(kept=kept, word=[w.replace("colour", cards["of"].iloc[0]) for w in words])
 
 def card_table(
@@ -294,7 +299,7 @@ def card_table(
                           "RankMe": show("rankme", 0), "structure R²": show("structure_r2", 2), "in words": m.word})
     return table.loc[:, [k for k in table if (table[k] != "–").any()]].reset_index(drop=True)
 
-# %% ../../nbs/report/worth.ipynb #n036
+# %% ../../nbs/report/worth.ipynb #n037
 def card_figure(
     cards:pd.DataFrame, # as from `read_cards`
     data:str,           # as from `data_label`
