@@ -281,7 +281,7 @@ def card_means(
     "Means over seeds."
     means = cards.groupby("encoder", sort=False).mean(numeric_only=True)
     kept = (means.without_colour - means.chance) / (means.score - means.chance).where(means.score > means.chance)
-    words = [colour_word(r.p, r.p_without, k) for r, k in zip(means.itertuples(), kept)]
+    words = [colour_word(r.p, r.p_without, k, r.tiles, r.columns) for r, k in zip(means.itertuples(), kept)]
     kept = kept.where([w != "chance" for w in words]) # nothing was gained that could be kept
     return means.assign(kept=kept, word=[w.replace("colour", cards["of"].iloc[0]) for w in words])
 
