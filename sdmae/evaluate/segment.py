@@ -18,7 +18,7 @@ from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from ..params import SegmentParams
 from ..views.augment import MEAN, STD, Views, normalize, to_unit
-from ..views.geometry import crop_resize, flip_where, random_boxes, turn
+from ..views.geometry import crop_resize, flip_where, turn
 from ..models.convnet import ConvEncoder
 from ..models.encoders import load_encoder
 from ..models.vit import Encoder
@@ -84,7 +84,7 @@ class SegmentViews(Views):
 
     def alike(self, x:Tensor, masks:Tensor)->tuple[Tensor,Tensor]:
         p, B, device = self.params, len(x), x.device
-        boxes = random_boxes(B, *x.shape[-2:], p.scale, p.ratio, device)
+        boxes = self.boxes(x)
         both = [crop_resize(x, boxes, self.image_size, p.interpolation).clamp(0, 1), crop_nearest(masks, boxes, self.image_size)[:, None]]
         for wanted, dim in ((p.hflip, -1), (p.vflip, -2)):
             if wanted: which = torch.rand(B, device=device) < 0.5; both = [flip_where(o, which, dim) for o in both]

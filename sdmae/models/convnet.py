@@ -10,6 +10,7 @@ from difflib import get_close_matches
 import timm
 from torch import nn, Tensor
 from fastcore.basics import patch
+from .readout import JOINED, READOUTS, all_levels, put_together
 
 # %% ../../nbs/models/convnet.ipynb #c005
 def timm_network(
@@ -76,3 +77,15 @@ def maps(self:ConvEncoder,
 )->list[Tensor]:     # (B, widths[i], H/strides[i], W/strides[i]) each
     "Feature maps of some stages."
     return self.network.forward_intermediates(x, indices=list(blocks), intermediates_only=True)
+
+# %% ../../nbs/models/convnet.ipynb #n000
+@patch
+def readouts(self:ConvEncoder,
+    x:Tensor,        # (B, 3, H, W) normalised images
+    names=READOUTS   # candidates, as of `models/readout`
+)->dict[str,Tensor]: # (B, width of the candidate) each
+    "What a probe may read, in one pass."
+    depth, kept = len(self.strides), all_levels(names, len(self.strides), JOINED["timm"])
+    last, maps = self.network.forward_intermediates(x, indices=kept) if kept else (self.network.forward_features(x), [])
+    levels = {i: m.mean((2, 3)) for i, m in zip(kept, maps)}
+    return put_together(names, last.mean((2, 3)), last.amax((2, 3)), levels, depth, JOINED["timm"])

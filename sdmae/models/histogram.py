@@ -40,3 +40,7 @@ class HistogramEncoder(nn.Module):
     )->Tensor:   # (B, channels·bins)
         "Share of pixels in each bin: red, green, blue, or grey."
         return histograms((x[:, :self.channels]*255).round().to(torch.uint8), self.bins).float()
+
+    def readouts(self, x:Tensor, names=())->dict[str,Tensor]: # whatever is asked for: `mean`
+        "There is one thing to read."
+        return dict(mean=self.pooled(x))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from timm.layers import Attention, resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from fastcore.basics import patch
+from .readout import JOINED, READOUTS, all_levels, put_together
 
 # %% ../../nbs/models/vit.ipynb #c005
 def sincos1d(
@@ -164,6 +165,22 @@ def pooled(self:Encoder,
 )->Tensor:   # (B, D)
     "Mean of the patch tokens, without the class token: the feature that probes see."
     return self.tokens(x)[:, self.num_prefix_tokens:].mean(1)
+
+# %% ../../nbs/models/vit.ipynb #n005
+@patch
+def readouts(self:Encoder,
+    x:Tensor,           # (B, 3, H, W) normalised images
+    names=READOUTS      # candidates
+)->dict[str,Tensor]:    # (B, D) or, of several joined, a multiple of D
+    "What a probe may read, in one pass."
+    depth, n, t, levels = len(self.blocks), self.num_prefix_tokens, self.embed(x), {}
+    kept = all_levels(names, depth, JOINED["vit"])
+    for i, block in enumerate(self.blocks):
+        t = block(t)
+        if i in kept: levels[i] = self.norm(t)[:, n:].mean(1)
+    t = self.norm(t)
+    patches = t[:, n:]
+    return put_together(names, patches.mean(1), t[:, 0] if n else patches.amax(1), levels, depth, JOINED["vit"])
 
 # %% ../../nbs/models/vit.ipynb #s001
 @patch

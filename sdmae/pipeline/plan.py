@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'WITH_PROSE', 'SHOWN', 'encoder_faults', 'in_runs', 'task_faults', 'data_faults', 'check_params', 'check',
-           'made_of_report', 'report_names', 'plans', 'difference', 'label_faults', 'read_plan', 'plan']
+           'made_of_report', 'report_names', 'plans', 'difference', 'probe_faults', 'label_faults', 'read_plan', 'plan']
 
 # %% ../../nbs/pipeline/plan.ipynb #n002
 import json
 from pathlib import Path
 from ..files import whole
-from ..params import RECIPES, Params, differences, flat, load_params, project_root, resolved, store_of
+from ..params import RECIPES, Params, TaskParams, differences, flat, load_params, project_root, resolved, store_of
 from ..methods.registry import BASELINES, PROBED_ONLY, method_params
 from .ingredients import NOTEBOOKS, made_of_encoder, made_of_task
 from .run import strip
@@ -110,6 +110,23 @@ def difference(
     changed = differences(old, new)
     return "; ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
 
+# %% ../../nbs/pipeline/plan.ipynb #n015
+def probe_faults(
+    store,          # TileStore of the task's data
+    task:TaskParams # with a probe
+)->list[str]:       # each beginning with the parameter
+    "What the prepared data cannot give to a probe."
+    from sdmae.evaluate.fewshot import draw_episodes # here, for torch comes with it
+    few, shift, faults = task.probe.few_shot, task.probe.shift, []
+    if few and not store.task(task.target).multi:
+        y = store.targets(store.indices("train", task.target), task.target).numpy()
+        try: draw_episodes(y, store.task(task.target).classes, max(few.shots), 1)
+        except ValueError as e: faults.append(str(e))
+    if shift and shift.hed and store.channels == 1: faults.append("shift.hed: grey tiles have no stain; set it to []")
+    known = sorted({*store.table.centre} - {""})
+    lost = [c for c in shift.centres if c not in known] if shift and isinstance(shift.centres, list) else []
+    return faults + [f"shift.centres: there is no centre {c}; the table has {', '.join(known) or 'none'}" for c in lost]
+
 # %% ../../nbs/pipeline/plan.ipynb #n005
 def label_faults(P:Params)->list[str]:
     "Recipes that ask for more labels than the prepared data has."
@@ -122,6 +139,8 @@ def label_faults(P:Params)->list[str]:
         for where, labels in asked.items() if store else []:
             try: store.check_labels(labels, where, task.target)
             except ValueError as e: faults.append(f"task.{name}: {e}")
+        if store and task.probe and "probe" in P.protocols:
+            faults += [f"task.{name}: probe.{recipes['probe']}.{e}" for e in probe_faults(store, task)]
     return faults
 
 # %% ../../nbs/pipeline/plan.ipynb #n014

@@ -20,6 +20,7 @@ PROTOCOLS = {"linear": "linear probe", "linear_sgd": "linear probe (SGD)", "knn"
 METRIC_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_auc": "macro AUC", "macro_f1": "macro F1",
                 "ece": "ECE", "macro_ap": "macro AP", "micro_ap": "micro AP", "micro_auc": "micro AUC",
                 "released_macro_ap": "macro AP (as released)", "released_macro_auc": "macro AUC (as released)",
+                "nll": "NLL, nats", "brier": "Brier score", "adaptive_ece": "adaptive ECE", "classwise_ece": "classwise ECE",
                 "miou": "mIoU", "iou_nucleus": "IoU of nuclei", "dice": "Dice of nuclei"}
 
 # %% ../../nbs/report/names.ipynb #n006

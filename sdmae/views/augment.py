@@ -15,8 +15,9 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from ..params import ViewParams
 from .draws import draw_rows, rank_and_world
-from .geometry import crop_resize, random_boxes, flip_where, turn, rotate_zoom
-from .colour import od_jitter, color_jitter, shift, blur, solarize, erase
+from .geometry import boxes_in_fields, crop_resize, flip_where, turn, rotate_zoom
+from .colour import od_jitter, color_jitter, shift, grayscale, blur, solarize, erase
+from .stain import Stain, hed_jitter
 
 # %% ../../nbs/views/augment.ipynb #c005
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -69,13 +70,14 @@ def rand_augment(
 
 # %% ../../nbs/views/augment.ipynb #c013
 class Views(nn.Module):
-    "Random views of a batch, as `ViewParams` says."
+    "Random views of a batch, as `ViewParams` says. Raises as `read_stain` where a file of stain cannot be used."
     def __init__(self,
         params:ViewParams,
         image_size:int # px of the square output
     ):
         super().__init__()
         self.params, self.image_size = params, image_size
+        self.stain = Stain(params.stain) if params.stain else None
 
     @torch.no_grad()
     def forward(self,
@@ -85,13 +87,20 @@ class Views(nn.Module):
 
 # %% ../../nbs/views/augment.ipynb #n001
 @patch
+def boxes(self:Views,
+    x:Tensor # (B, C, H, W)
+)->Tensor:   # (B, 4) top, left, height, width
+    "What is cut from each image."
+    p = self.params
+    return boxes_in_fields(len(x), *x.shape[-2:], p.scale, p.ratio, p.fields, x.device)
+
+@patch
 def geometry(self:Views,
     x:Tensor # (B, C, H, W) in [0, 1]
 )->Tensor:   # (B, C, image_size, image_size) in [0, 1]
     "Crop, flips, turns and zoom."
     p, B = self.params, len(x)
-    boxes = random_boxes(B, *x.shape[-2:], p.scale, p.ratio, x.device)
-    x = crop_resize(x, boxes, self.image_size, p.interpolation).clamp(0, 1)
+    x = crop_resize(x, self.boxes(x), self.image_size, p.interpolation).clamp(0, 1)
     if p.hflip: x = flip_where(x, draw_rows(torch.rand, B, device=x.device) < 0.5, -1)
     if p.vflip: x = flip_where(x, draw_rows(torch.rand, B, device=x.device) < 0.5, -2)
     if p.rot90: x = turn(x, draw_rows(partial(torch.randint, 4), B, device=x.device))
@@ -105,12 +114,15 @@ def geometry(self:Views,
 def colour(self:Views,
     x:Tensor # (B, C, H, W) in [0, 1]
 )->Tensor:   # the same; (B, 3, H, W) after RandAugment and erasing
-    "Stain, brightness, blur and erasing."
+    "Stain, brightness, colour, blur and erasing."
     p = self.params
+    if p.stain: x = self.stain(x)
+    if p.hed_jitter: x = hed_jitter(x, p.hed_jitter)
     if p.od_jitter: x = od_jitter(x, p.od_jitter)
     if p.rand_augment: x = rand_augment(x, p.rand_augment)
-    elif p.color_jitter: x = color_jitter(x, p.color_jitter)
+    elif p.color_jitter or p.hue: x = color_jitter(x, p.color_jitter, p.hue, p.jitter_probability)
     if p.intensity: x = shift(x, p.intensity)
+    if p.grayscale: x = grayscale(x, p.grayscale)
     if p.blur: x = blur(x, p.blur, p.blur_sigma)
     if p.solarize: x = solarize(x, p.solarize)
     if p.erasing: x = erase(rgb(x), p.erasing, channels(MEAN, x), channels(STD, x))
