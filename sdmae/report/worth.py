@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'CURVES', 'CARD_FILE', 'same_network', 'delta_cell', 'delta_table', 'run_draws', 'label_counts',
            'exchange_rows', 'rate_text', 'exchange_table', 'exchange_figure', 'task_ranks', 'ranks_text',
-           'ranks_figure', 'read_cards', 'card_means', 'card_table', 'card_figure']
+           'ranks_figure', 'stain_drop', 'read_cards', 'card_means', 'card_table', 'card_figure']
 
 # %% ../../nbs/report/worth.ipynb #n002
 import json
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from ..evaluate.card import colour_word
 from ..evaluate.comparison import can_decide, critical_difference, friedman, mean_ranks, rank_groups
@@ -22,6 +21,8 @@ from ..evaluate.statistics import affordable_draws, draw_scores
 from .comparison import Compared
 from .figures import ink, panels, room
 from .names import LONG, METRIC_NAMES, NO_NAMES, PROTOCOLS, Names, labels_name, sort_key
+from .protocols import hed_rows
+from .reading import read_scores
 from .tables import summarise
 
 # %% ../../nbs/report/worth.ipynb #n005
@@ -257,11 +258,18 @@ def ranks_figure(
 # %% ../../nbs/report/worth.ipynb #n033
 CARD_FILE = "card.json"
 
+def stain_drop(
+    path:Path # of scores
+)->float:     # nan where no stain was shifted
+    "What the linear probe loses at the middle strength of the stain shift."
+    rows = hed_rows(read_scores(path)) if path.is_file() else []
+    return next((r["drop"] for r in rows if r["middle"]), np.nan)
+
 def read_cards(
     evals, task:str, # evals/<study>
     made:dict,       # as from `read_made`
     names:Names, seeds
-)->pd.DataFrame:     # a row a run: encoder, seed, the card, structure_r2; empty where none was made
+)->pd.DataFrame:     # a row a run: encoder, seed, the card, structure_r2, stain_drop; empty where none was made
     "The cards of a task; `ValueError` naming a file that is none."
     rows = []
     for e, s in [(e, s) for e in names for s in seeds]:
@@ -271,7 +279,8 @@ def read_cards(
         except (ValueError, KeyError, AttributeError) as err:
             raise ValueError(f"{path}: no card ({type(err).__name__}: {err}); delete it and run `dvc repro` again") from err
         last = made.get((e, s), {}).get("last") or {}
-        rows.append(dict(encoder=e, seed=s) | card | dict(structure_r2=last.get("structure_r2", np.nan)))
+        more = dict(structure_r2=last.get("structure_r2", np.nan), stain_drop=stain_drop(path.with_name("scores.json")))
+        rows.append(dict(encoder=e, seed=s) | card | more)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/worth.ipynb #n035
@@ -296,7 +305,8 @@ def card_table(
                           "by chance, mean and 95 %": [f"{a:.3f}, {b:.3f}" for a, b in zip(m.chance, m.chance_high)], "p": show("p"),
                           f"{of} alone": show("colour_alone"), f"without {of}": show("without_colour"),
                           "gain kept": ["–" if np.isnan(x) else f"{100*x:.0f} %" for x in m.kept], f"{of} read, R²": show("colour_r2", 2),
-                          "RankMe": show("rankme", 0), "structure R²": show("structure_r2", 2), "in words": m.word})
+                          "RankMe": show("rankme", 0), "structure R²": show("structure_r2", 2),
+                          "lost by stain shift": show("stain_drop"), "in words": m.word})
     return table.loc[:, [k for k in table if (table[k] != "–").any()]].reset_index(drop=True)
 
 # %% ../../nbs/report/worth.ipynb #n037
