@@ -107,7 +107,7 @@ def answer_score(
     y,       # (m,) class numbers, or (m, C) labels
     answers  # (m, C)
 )->float:
-    "Balanced accuracy of the largest answer, or macro AUC of several labels."
+    "Balanced accuracy of the class with the largest answer, or macro AUC of several labels."
     if np.ndim(y) == 2:
         columns = [j for j in range(y.shape[1]) if 0 < (y[:, j] == 1).mean() < 1]
         return float(np.mean([PairOrder(y[:, j] == 1, answers[:, j])(np.ones((len(y), 1)))[0] for j in columns]))
@@ -116,13 +116,14 @@ def answer_score(
 
 def probe_scores(
     ridge:Ridge, new, # training features, and (m, D) of the test tiles
-    targets:list,     # of the training tiles, each like y
-    y, n_classes:int  # of the test tiles
+    targets:list,     # answers of the training tiles, an array each
+    tests:list,       # of the test tiles, as many
+    n_classes:int
 )->np.ndarray:        # (len(targets),)
     "Scores on test tiles of probes fitted to each of the targets, all at once."
     z, fitted = ridge.centred(new) @ ridge.right, ridge.fit(np.concatenate([onehot(t, n_classes) for t in targets], axis=1))
-    answers = (z @ fitted[0] + fitted[1]).reshape(len(z), len(targets), n_classes)
-    return np.array([answer_score(y, answers[:, i]) for i in range(len(targets))])
+    answers = (z @ (fitted[0] / np.maximum(fitted[1], 1e-9))).reshape(len(z), len(targets), n_classes) # gain over the class's share
+    return np.array([answer_score(y, answers[:, i]) for i, y in enumerate(tests)])
 
 # %% ../../nbs/evaluate/card.ipynb #n018
 def held_out(
@@ -194,9 +195,9 @@ def some_rows(n:int, most:int, seed:int=0)->np.ndarray:
     "Positions of at most so many tiles, ascending."
     return np.sort(np.random.default_rng(seed).permutation(n)[:most])
 
-def beside_chance(train, test, targets, y, n_classes)->dict: # score, chance, chance_high, p
-    "The score with the true labels, which come first in `targets`, beside that with permuted ones."
-    score, *chance = probe_scores(Ridge(train), test, targets, y, n_classes)
+def beside_chance(train, test, targets, tests, n_classes)->dict: # score, chance, chance_high, p
+    "The score with the true labels, which come first, beside that with permuted ones."
+    score, *chance = probe_scores(Ridge(train), test, targets, tests, n_classes)
     p = (1 + np.sum(np.array(chance) >= score)) / len(targets)
     return dict(score=score, chance=np.mean(chance), chance_high=np.quantile(chance, .95), p=p)
 
@@ -204,19 +205,19 @@ def beside_chance(train, test, targets, y, n_classes)->dict: # score, chance, ch
 def features_card(
     x, y, colour,  # by split, train and test: features (n, D), answers, and as from `colour_numbers`
     n_classes:int,
-    groups=None,   # (n,) patient or slide of the training tiles
+    groups,        # by split, (n,) patient or slide of each tile, or None
     draws:int=199, # permutations
     seed:int=0
 )->dict:           # plain numbers
     "What features know with and without colour, beside chance; `ValueError` on fewer than 3 training tiles."
-    targets = [y["train"], *permuted(y["train"], groups, draws, seed)]
-    full = beside_chance(x["train"], x["test"], targets, y["test"], n_classes)
-    left = beside_chance(*without_colour(x["train"], colour["train"], (x["test"], colour["test"])), targets, y["test"], n_classes)
+    asked = [[y[s], *permuted(y[s], groups[s], draws, seed + i)] for i, s in enumerate(("train", "test"))]
+    full = beside_chance(x["train"], x["test"], *asked, n_classes)
+    left = beside_chance(*without_colour(x["train"], colour["train"], (x["test"], colour["test"])), *asked, n_classes)
     train, test = (bent(colour[s], colour["train"]) for s in ("train", "test"))
     gain, gain_left = (o["score"] - o["chance"] for o in (full, left))
-    numbers = full | dict(colour_alone=probe_scores(Ridge(train), test, targets[:1], y["test"], n_classes)[0],
+    numbers = full | dict(colour_alone=probe_scores(Ridge(train), test, *([a[0]] for a in asked), n_classes)[0],
                           without_colour=left["score"], p_without=left["p"], kept=gain_left/gain if gain > 0 else np.nan,
-                          colour_r2=readable(x["train"], colour["train"], groups), rankme=rankme(x["test"]))
+                          colour_r2=readable(x["train"], colour["train"], groups["train"]), rankme=rankme(x["test"]))
     size = dict(tiles=len(train), columns=train.shape[1])
     word = colour_word(full["p"], left["p"], numbers["kept"], **size)
     return {k: None if np.isnan(v) else float(v) for k, v in numbers.items()} | size | dict(word=word, draws=draws)
@@ -229,9 +230,9 @@ def colour_card(
     draws:int=199  # permutations
 )->dict:           # as from `features_card`, with the name of the score and of what is taken out
     "The card of one encoder on one task."
-    some = {s: some_rows(len(i), most) if s == "train" else np.arange(len(i)) for s, i in T.rows.items()}
-    colour = {s: colour_numbers(T.store, T.rows[s][some[s]]) for s in ("train", "test")}
-    card = features_card({s: features[s][some[s]] for s in colour}, {s: T.y[s][some[s]] for s in colour}, colour, len(T.classes),
-                         T.store.groups(T.rows["train"][some["train"]]), draws)
+    some = dict(train=some_rows(len(T.rows["train"]), most), test=np.arange(len(T.rows["test"])))
+    x, y, rows = ({s: of[s][i] for s, i in some.items()} for of in (features, T.y, T.rows))
+    colour, groups = ({s: look(rows[s]) for s in some} for look in (lambda i: colour_numbers(T.store, i), T.store.groups))
+    card = features_card(x, y, colour, len(T.classes), groups, draws)
     metric = "macro_auc" if T.y["train"].ndim == 2 else "balanced_accuracy"
     return card | dict(metric=metric, of="colour" if colour["train"].shape[1] > BINS + 1 else "grey values")
