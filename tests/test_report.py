@@ -166,7 +166,7 @@ def test_paired_table_is_the_paired_bootstrap(tmp_path):
         assert (table.loc[m, "runs"], table.loc[m, "draws"]) == (1, 50) and np.isnan(table.loc[m, "sd"])
     assert table.loc["accuracy","p_tiles"] < .01 and table.p_seeds.isna().all() and set(tb.paired_text(table.reset_index()).verdict) == {"one seed"}
     same = tb.paired_table(found, "mae", "mae", n=20, names=PLAIN)
-    assert set(same.p_tiles) == {1.} == set(same.p_seeds) and set(same.pair) == {"MAE − MAE"} and set(tb.paired_text(same).verdict) == {"level (p 1.000)"}
+    assert set(same.p_tiles) == {1.} == set(same.p_seeds) and set(same.pair) == {"MAE − MAE"} and set(tb.paired_text(same).verdict) == {"not distinguishable (p 1.000)"}
     grouped = tb.paired_table(found, "sdmae", "mae", groups=np.arange(200)//40, n=50, seed=4).set_index("metric")
     assert tuple(grouped.loc["accuracy", ["low","high"]]) != tuple(table.loc["accuracy", ["low","high"]])
     with pytest.raises(ValueError, match="supervised and mae share no protocol.*sdmae"): tb.paired_table(found, "supervised", "mae")
@@ -330,10 +330,10 @@ def test_a_verdict_needs_both_tiles_and_seeds_and_pays_for_every_row():
     rows = pd.DataFrame(dict(labels="all", protocol="knn", metric="macro_auc", difference=[.05, .05, .05, -.05], low=[.04, .04, -.04, -.06], high=[.06, .06, .14, -.04],
                              low_seeds=[.03, -.2, .03, np.nan], high_seeds=[.07, .3, .07, np.nan], p_tiles=[1e-9, 1e-9, .3, 1e-9], p_seeds=[.001, .4, .001, np.nan],
                              p_total=[.001, .001, .001, np.nan], sd=.01, seeds=3, runs=[3, 3, 3, 1], **{"same sign": [3, 2, 3, 1]}))
-    assert list(tb.paired_text(rows).verdict) == ["ahead (p 0.003)", "level (p 0.600)", "level (p 0.600)", "one seed"]
+    assert list(tb.paired_text(rows).verdict) == ["ahead (p 0.003)", "not distinguishable (p 0.600)", "not distinguishable (p 0.600)", "one seed"]
     many = pd.concat([rows.iloc[:1].assign(p_seeds=.001)] + [rows.iloc[:1].assign(p_seeds=.5)]*99)
-    assert tb.paired_text(many).verdict.iloc[0] == "level (p 0.100)", "one of a hundred is found by chance"
-    assert list(tb.paired_text(rows.assign(p_total=.2)).verdict)[0] == "level (p 0.600)", "the sum of both sources counts, too"
+    assert tb.paired_text(many).verdict.iloc[0] == "not distinguishable (p 0.100)", "one of a hundred is found by chance"
+    assert list(tb.paired_text(rows.assign(p_total=.2)).verdict)[0] == "not distinguishable (p 0.600)", "the sum of both sources counts, too"
     assert tb.paired_text(many)["smallest visible over seeds"].iloc[0] > tb.paired_text(rows)["smallest visible over seeds"].iloc[0], "more rows see less"
     other = tb.paired_text(pd.concat([rows.iloc[:1], many.iloc[1:].assign(metric="ece")]))
     assert other.verdict.iloc[0] == "ahead (p 0.001)", "scores are families of their own"

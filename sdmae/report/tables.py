@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'WATCHED', 'MAIN_METRICS', 'summarise', 'spread_text', 'cell', 'results_table', 'to_markdown', 'paired_table',
-           'over_seeds', 'paired_text', 'paired_words', 'against_baselines', 'paired_tables', 'ablation',
-           'ablation_table', 'watched_table', 'segment_table', 'write_tables', 'write_metrics']
+           'over_seeds', 'with_verdicts', 'paired_text', 'paired_words', 'against_baselines', 'paired_tables',
+           'ablation', 'ablation_table', 'watched_table', 'segment_table', 'write_tables', 'write_metrics']
 
 # %% ../../nbs/report/tables.ipynb #n002
 import json
@@ -140,18 +140,25 @@ def over_seeds(
     return dict(low_seeds=low, high_seeds=high, p_seeds=seed_p(d), sd=sd, seeds=len(d))
 
 # %% ../../nbs/report/tables.ipynb #n023
-def paired_text(
+def with_verdicts(
     paired:pd.DataFrame,  # as from `paired_table`, or several of them joined
-    metrics=METRIC_NAMES,
-    lead=()               # columns that stand first, as `pair`
-)->pd.DataFrame:
-    "The paired differences as they are read; verdicts are corrected for all rows of the same score."
+    metrics=METRIC_NAMES
+)->pd.DataFrame:          # rows of these metrics, with p, verdict and smallest
+    "The paired differences with their verdicts, corrected for all rows of the same score."
     p = paired[paired.metric.isin(metrics)].reset_index(drop=True)
     for m in p.metric.unique():
         rows = p.metric == m
         p.loc[rows, "p"], p.loc[rows, "verdict"] = verdicts(p.difference[rows], p.p_tiles[rows], p.p_seeds[rows], p.p_total[rows])
         level = 1 - .05/max(1, p.p_seeds[rows].notna().sum()) # of Holm's first step
         p.loc[rows, "smallest"] = [smallest_difference(s, n, level=level) for s, n in zip(p.sd[rows], p.seeds[rows])]
+    return p
+
+def paired_text(
+    paired:pd.DataFrame, metrics=METRIC_NAMES, # as of `with_verdicts`
+    lead=()                                    # columns that stand first, as `pair`
+)->pd.DataFrame:
+    "The paired differences as they are read."
+    p = with_verdicts(paired, metrics)
     return p[list(lead)].join(paired_words(p))
 
 # %% ../../nbs/report/tables.ipynb #s000
@@ -167,7 +174,8 @@ def paired_words(
     text["95 % over seeds"] = ["one seed" if np.isnan(low) else s for low, s in zip(p.low_seeds, seeds)]
     text["runs of the same sign"] = [f"{k} of {n}" if n > 1 else "–" for k, n in zip(p["same sign"], p.runs)]
     text["smallest visible over seeds"] = ["–" if np.isnan(x) else f"{x:.3f}" for x in p.smallest]
-    text["verdict"] = [v if np.isnan(q) else f"{v} (p {q:.1e})" if q < .001 else f"{v} (p {q:.3f})" for v, q in zip(p.verdict, p.p)]
+    words = p.verdict.replace("level", "not distinguishable")
+    text["verdict"] = [v if np.isnan(q) else f"{v} (p {q:.1e})" if q < .001 else f"{v} (p {q:.3f})" for v, q in zip(words, p.p)]
     return text
 
 # %% ../../nbs/report/tables.ipynb #n025
