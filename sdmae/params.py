@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Text', 'Strengths', 'HELD', 'Readout', 'Labels', 'RECIPES', 'NAMED', 'project_root', 'Section', 'as_text',
-           'CBISParams', 'MasksParams', 'DataParams', 'ModelParams', 'StainParams', 'strengths', 'ColourParams',
-           'ViewParams', 'OptimParams', 'EncoderForm', 'merged', 'flat', 'differences', 'meant', 'resolved',
-           'SearchParams', 'PretrainParams', 'FewShotParams', 'ShiftParams', 'ProbeParams', 'FinetuneParams',
-           'SegmentParams', 'ReportParams', 'TaskParams', 'EncoderParams', 'CompareParams', 'Params', 'typed',
-           'with_views', 'with_stain', 'task_of', 'model_of', 'budget_of', 'encoder_of', 'faults_of', 'faults_of_names',
-           'lists_of', 'faults_of_comparison', 'store_of', 'stain_of', 'run_of', 'eval_of', 'in_quotes', 'readable',
-           'composed', 'first_fault', 'groups_of', 'why_not', 'compose', 'field_names', 'explain', 'parse_params',
-           'PlainLoader', 'read_yaml', 'load_params', 'edited', 'main']
+           'CBISParams', 'MasksParams', 'DataParams', 'ModelParams', 'StainParams', 'strengths', 'held_in',
+           'ColourParams', 'ViewParams', 'OptimParams', 'EncoderForm', 'merged', 'flat', 'differences', 'meant',
+           'resolved', 'SearchParams', 'PretrainParams', 'FewShotParams', 'ShiftParams', 'ProbeParams',
+           'FinetuneParams', 'SegmentParams', 'ReportParams', 'TaskParams', 'EncoderParams', 'CompareParams', 'Params',
+           'typed', 'with_views', 'with_stain', 'task_of', 'model_of', 'budget_of', 'encoder_of', 'faults_of',
+           'faults_of_names', 'lists_of', 'faults_of_comparison', 'store_of', 'stain_of', 'run_of', 'eval_of',
+           'in_quotes', 'readable', 'composed', 'first_fault', 'groups_of', 'why_not', 'compose', 'field_names',
+           'explain', 'parse_params', 'PlainLoader', 'read_yaml', 'load_params', 'edited', 'main']
 
 # %% ../nbs/params.ipynb #c002
 import re, sys
@@ -135,6 +135,15 @@ def strengths(value): # as YAML reads it
     return tuple(map(float, each)) if isinstance(value, (list, tuple)) else float(value)
 
 Strengths = Annotated[float|tuple[float,float,float], BeforeValidator(strengths)]
+
+# %% ../nbs/params.ipynb #n024
+def held_in(table:dict, name:str)->dict: # what may be held → value or None
+    "What a budget holds: what its own section names, or else the section that it differs from."
+    while name:
+        own = {k: table[name].get(k) for k in (*HELD, "flops")}
+        if any(v is not None for v in own.values()): return own
+        name = table[name].get("of")
+    return {}
 
 # %% ../nbs/params.ipynb #n022
 class ColourParams(Section):
@@ -296,7 +305,7 @@ def resolved(
     return own if of is None else merged(resolved(kind, table, of, (*below, name)), own)
 
 # %% ../nbs/params.ipynb #n021
-HELD = ("images", "minutes", "minutes_together", "flops") # what may be held equal in the place of epochs
+HELD = ("epochs", "images", "minutes", "minutes_together") # what may be held equal, one of them; `flops` where none is given
 
 class SearchParams(Section):
     "The same small search of the learning rate for every method, by what validation says."
@@ -305,7 +314,7 @@ class SearchParams(Section):
 
 # %% ../nbs/params.ipynb #c035
 class PretrainParams(Section):
-    "Budget of pre-training, the same for every method: epochs, or one of the next four in their place."
+    "Budget of pre-training, the same for every method. What is held equal is one of the first four, or else operations."
     epochs:int|None = Field(None, ge=1)                 # passes over the training tiles
     images:int|None = Field(None, ge=1)                 # that are seen in all
     minutes:float|None = Field(None, gt=0)              # of training, on this machine as it is then
@@ -324,13 +333,13 @@ class PretrainParams(Section):
     def _held(self):
         given = [k for k in HELD if getattr(self, k) is not None]
         if len(given) > 1: raise ValueError(f"{' and '.join(given)}: hold one of them equal, and set the others to null")
-        if not given and self.epochs is None: raise ValueError(f"epochs: missing; or one of {', '.join(HELD)} in its place")
+        if not given and self.flops is None: raise ValueError(f"one of {', '.join(HELD)}, flops is needed")
         return self
 
     @property
     def held(self)->tuple[str,float]: # which, and how much
         "What is held equal."
-        return next(((k, v) for k in HELD if (v := getattr(self, k)) is not None), ("epochs", self.epochs))
+        return next(((k, v) for k in HELD if (v := getattr(self, k)) is not None), ("flops", self.flops))
 
     @model_validator(mode="after")
     def _parts(self):
@@ -561,7 +570,7 @@ def model_of(
 # %% ../nbs/params.ipynb #n022
 def budget_of(P:Params, name:str)->PretrainParams:
     "A budget; minutes that are shared come as the minutes of one training, its trials included."
-    b = typed(PretrainParams, resolved("pretrain", P.pretrain, name), f"pretrain.{name}")
+    b = typed(PretrainParams, resolved("pretrain", P.pretrain, name) | held_in(P.pretrain, name), f"pretrain.{name}")
     if b.minutes_together is None: return b
     listed = {e for s in P.reports if s in P.compare for e in P.compare[s].encoders if e in P.encoder}
     n = sum(resolved("encoder", P.encoder, e).get("pretrain") == name for e in listed) * len(P.seeds)

@@ -95,7 +95,7 @@ def test_a_trial_that_diverges_is_out_and_all_of_them_are_an_error(tmp_path, til
 
 @pytest.mark.parametrize("held, said", [
     (dict(minutes=1e-7), r"pretrain.minutes 1e-07 is less than one step"), (dict(images=7), "pretrain.images 7 is less than one step, which takes 8"),
-    (dict(flops=10.), "pretrain.flops 10 is less than one step"), (dict(), "epochs: missing; or one of images, minutes"),
+    (dict(flops=10.), "pretrain.flops 10 is less than one step"), (dict(flops=None), "one of epochs, images, minutes, minutes_together, flops is needed"),
     (dict(minutes=1, images=5), "images and minutes: hold one of them equal"), (dict(epochs=1, search=dict(factors=[1])), "at least 2 items")])
 def test_budgets_that_cannot_be(tmp_path, tiles, held, said):
     with pytest.raises(ValueError, match=said): run(tmp_path, tiles, **held)
