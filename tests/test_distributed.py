@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 METHODS = ["mae", "sdmae", "sdmae_momentum", "miram", "follower"]
 PARAMS = parse_params(compose(["only=tissue", "data.tissue.image_size=32", "model.embed_dim=24", "model.depth=2", "model.num_heads=2", "+encoder.miram={of: mae, method: miram}",
-                               "encoder.mae.views={of: tissue, color_jitter: 0.3}",
+                               "encoder.mae.views={of: tissue, color_jitter: 0.3, hue: 0.05, jitter_probability: 0.8, grayscale: 0.2, hed_jitter: 0.05, fields: [1.0, 0.5]}",
                                "+encoder.sdmae_momentum={of: sdmae, detach_teacher: true, center_on: logits, teacher_momentum: 0.9}"]))
 
 

@@ -20,7 +20,7 @@ from toys import Follower
 
 SHAPE = ModelParams(patch_size=8, embed_dim=48, depth=4, num_heads=3)
 GIVEN = dict(optim=OptimParams(base_lr=1e-3), decoder=DecoderParams(embed_dim=24, depth=2, num_heads=3))
-EVERYTHING = ViewParams(vflip=True, rot90=True, rotate=20, zoom=(.8, 1.2), intensity=.1, od_jitter=.2, color_jitter=.3, blur=.5, solarize=.2, erasing=.3)
+EVERYTHING = ViewParams(vflip=True, rot90=True, rotate=20, zoom=(.8, 1.2), intensity=.1, od_jitter=.2, color_jitter=(.3, .3, .2), hue=.1, jitter_probability=.8, grayscale=.2, fields=[1., .5], blur=.5, solarize=.2, erasing=.3)
 SWITCHES = dict(sdmae=[dict(detach_teacher=True, center_on="logits", teacher_momentum=.9), dict(distill="token", target_image="normalized")],
                 miram=[dict(target="native"), dict(attention="nystrom")])
 LEARNING = [(name, {}) for name in METHODS if "optim" in method_class(name).Params.model_fields] + [(name, o) for name, all_ in SWITCHES.items() for o in all_]

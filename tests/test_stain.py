@@ -373,6 +373,7 @@ def test_too_few_tiles(tissues, tmp_path, capsys):
     with pytest.raises(ValueError, match="images: 49 tiles have a stain, 50 are needed .looked at 52; skipped: {'little stained tissue': 3.*Give more tiles"): fit(tmp_path/"images", tmp_path/"a.json")
     assert main(["fit", str(tmp_path/"images"), "--out", str(tmp_path/"a.json")]) == 2 and "49 tiles have a stain" in capsys.readouterr().err
     assert not (tmp_path/"a.json").exists()
+    assert stain.gather([], ["lab"])[1]["used"] == 0
 
 
 def test_other_faults_of_a_fit(tissues, tmp_path, capsys):

@@ -289,7 +289,7 @@ def gather(
         little = weights.mean((1, 2, 3)) < SHARE
         skipped.update({"little stained tissue": little.sum().item(), "one colour": (~usable & ~little).sum().item()})
         for s in spaces: kept[s].append(found[s][0][usable].double().numpy())
-    samples = {s: np.concatenate(v) for s, v in kept.items()}
+    samples = {s: np.concatenate([np.empty((0, 6)), *v]) for s, v in kept.items()}
     used = len(samples[spaces[0]])
     return samples, dict(looked_at=used + skipped.total(), used=used, skipped=dict(skipped), sha256=seen.hexdigest())
 
