@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Text', 'Strengths', 'HELD', 'Readout', 'Labels', 'RECIPES', 'NAMED', 'project_root', 'Section', 'as_text',
-           'CBISParams', 'MasksParams', 'DataParams', 'ModelParams', 'StainParams', 'strengths', 'held_in',
-           'ColourParams', 'ViewParams', 'OptimParams', 'EncoderForm', 'merged', 'flat', 'differences', 'meant',
-           'resolved', 'SearchParams', 'PretrainParams', 'FewShotParams', 'ShiftParams', 'ProbeParams',
-           'FinetuneParams', 'SegmentParams', 'ReportParams', 'TaskParams', 'EncoderParams', 'CompareParams', 'Params',
-           'typed', 'with_views', 'with_stain', 'task_of', 'model_of', 'budget_of', 'encoder_of', 'faults_of',
+           'CBISParams', 'MasksParams', 'DataParams', 'ModelParams', 'StainParams', 'strengths', 'ColourParams',
+           'ViewParams', 'OptimParams', 'EncoderForm', 'merged', 'flat', 'differences', 'meant', 'resolved',
+           'SearchParams', 'PretrainParams', 'FewShotParams', 'ShiftParams', 'ProbeParams', 'FinetuneParams',
+           'SegmentParams', 'ReportParams', 'TaskParams', 'EncoderParams', 'CompareParams', 'Params', 'typed',
+           'with_views', 'with_stain', 'task_of', 'model_of', 'held_in', 'budget_of', 'encoder_of', 'faults_of',
            'faults_of_names', 'lists_of', 'faults_of_comparison', 'store_of', 'stain_of', 'run_of', 'eval_of',
            'in_quotes', 'readable', 'composed', 'first_fault', 'groups_of', 'why_not', 'compose', 'field_names',
            'explain', 'parse_params', 'PlainLoader', 'read_yaml', 'load_params', 'edited', 'main']
@@ -135,15 +135,6 @@ def strengths(value): # as YAML reads it
     return tuple(map(float, each)) if isinstance(value, (list, tuple)) else float(value)
 
 Strengths = Annotated[float|tuple[float,float,float], BeforeValidator(strengths)]
-
-# %% ../nbs/params.ipynb #n024
-def held_in(table:dict, name:str)->dict: # what may be held → value or None
-    "What a budget holds: what its own section names, or else the section that it differs from."
-    while name:
-        own = {k: table[name].get(k) for k in (*HELD, "flops")}
-        if any(v is not None for v in own.values()): return own
-        name = table[name].get("of")
-    return {}
 
 # %% ../nbs/params.ipynb #n022
 class ColourParams(Section):
@@ -352,7 +343,7 @@ class PretrainParams(Section):
         "What decides the numbers: not how many processes share the work, nor how often they save."
         return self.model_dump(exclude={"checkpoint_minutes", "num_processes", "compile"})
 
-# %% ../nbs/params.ipynb #n022
+# %% ../nbs/params.ipynb #n025
 Readout = Literal["mean", "token", "mean_token", "joined", "depth_25", "depth_50", "depth_75"] # what of an encoder is read: models/readout
 
 class FewShotParams(Section):
@@ -361,7 +352,7 @@ class FewShotParams(Section):
     episodes:int = Field(1000, ge=10)                   # draws of them
 
 
-# %% ../nbs/params.ipynb #n021
+# %% ../nbs/params.ipynb #n026
 class ShiftParams(Section):
     "The linear probe on tiles of another stain, and of another centre."
     hed:list[Annotated[float, Field(ge=0)]] = [0., 0.025, 0.05, 0.1] # strengths in HED units; []: none
@@ -567,6 +558,15 @@ def model_of(
     other = changes.get("arch", base.arch) != base.arch
     return changes if other else base.model_dump() | changes
 
+# %% ../nbs/params.ipynb #n027
+def held_in(table:dict, name:str)->dict: # what may be held → value or None
+    "What a budget holds: what its own section names, or else the section that it differs from."
+    while name:
+        own = {k: table[name].get(k) for k in (*HELD, "flops")}
+        if any(v is not None for v in own.values()): return own
+        name = table[name].get("of")
+    return {}
+
 # %% ../nbs/params.ipynb #n022
 def budget_of(P:Params, name:str)->PretrainParams:
     "A budget; minutes that are shared come as the minutes of one training, its trials included."
@@ -724,7 +724,7 @@ def why_not(
         base = flat(resolved(kind, values[kind], rest[0]))
         if ".".join([*rest[1:], last]) in base:
             return f"{key} is taken over from another ({kind}.{rest[0]}.of): set it with two plus signs, ++{override}"
-    if last in field_names() and section in groups_of(values) and not override.startswith("+"):
+    if last in field_names() and "." in section and section in groups_of(values) and not override.startswith("+"):
         return f"{key} is left at its default, so the file does not hold it: set it with a plus sign, +{override}"
     groups = [p.name for p in (project_root()/"conf").iterdir() if p.is_dir()]
     known = groups + list(flat(values)) + groups_of(values)

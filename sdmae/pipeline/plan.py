@@ -137,7 +137,7 @@ def difference(
     changed = differences(old, new)
     return "; ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
 
-# %% ../../nbs/pipeline/plan.ipynb #n015
+# %% ../../nbs/pipeline/plan.ipynb #n016
 def probe_faults(
     store,          # TileStore of the task's data
     task:TaskParams # with a probe

@@ -208,7 +208,9 @@ def reliability_figure(
     data:str, names:Names=NO_NAMES
 ): # figure
     "Accuracy against confidence."
-    fig, axes = panels(2, len(found), 3.4, 2.7, f"Confidence and accuracy on test tiles: {data}", sharex=True, sharey=True)
+    legend = room({e for encoders in found.values() for e in encoders}, names) + .7 # inches
+    fig, axes = panels(2, len(found), 3.2 + legend/len(found), 2.7, f"Confidence and accuracy on test tiles: {data}", sharex=True,
+                       sharey=True)
     for column, (p, encoders) in zip(axes.T, found.items()):
         for ax, key in zip(column, ("reliability", "reliability_after")):
             ax.axline((1, 1), slope=1, color="#555555", ls=":", lw=1.3)
