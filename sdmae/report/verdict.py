@@ -33,12 +33,14 @@ class TaskVerdict:
     cards:pd.DataFrame = field(default_factory=pd.DataFrame) # as from `card_means`
     pairs:tuple = ()           # that the comparison asks about
 
+# %% ../../nbs/report/verdict.ipynb #p006
 def probed(v:TaskVerdict, names:Names)->pd.DataFrame: # as from `summarise`
     "The linear probes of the methods, with the most labels."
     s = summarise(v.scores[v.scores.metric == v.metric])
     s = s[(s.protocol == "linear") & s.encoder.isin(names.methods)]
     return s[s.labels == max(s.labels.unique(), key=sort_key, default="")]
 
+# %% ../../nbs/report/verdict.ipynb #p007
 def leader(v:TaskVerdict, names:Names)->str|None: # None where no method was probed
     "The method whose linear probe scores highest with the most labels."
     s = probed(v, names)
@@ -57,6 +59,7 @@ def pair_row(v:TaskVerdict, a:str, b:str, protocol:str)->dict|None:
                         high_seeds=-r["low_seeds"], verdict=other.get(r["verdict"], r["verdict"]))
     return None
 
+# %% ../../nbs/report/verdict.ipynb #p009
 def references_of(v:TaskVerdict, e:str, names:Names)->dict[str,tuple[str,str]]: # words -> (encoder, protocol)
     "What a method has to beat."
     random = v.refs.get(e, {}).get("random")
@@ -74,6 +77,7 @@ def standing(r:dict)->str:
     if r["verdict"] == "level": return NOT
     return "higher" if r["low"] > 0 else "lower" if r["high"] < 0 else NOT
 
+# %% ../../nbs/report/verdict.ipynb #p012
 def numbers(r:dict)->str:
     "The difference with both intervals, and what the design could have seen."
     text = f"{METRIC_NAMES.get(r['metric'], r['metric'])} {r['difference']:+.3f}, 95 % over test tiles [{r['low']:+.3f}, {r['high']:+.3f}]"
@@ -83,6 +87,7 @@ def numbers(r:dict)->str:
     if r["verdict"] != "level" or not np.isfinite(seen): return text
     return text + (f"; this design mostly misses differences below {seen:.3f}" if seen < .5 else "; so few seeds could see nothing")
 
+# %% ../../nbs/report/verdict.ipynb #p013
 def pair_sentence(r:dict, words:str)->str:
     "One line: against whom, by how much, and the verdict."
     how = f"{PROTOCOLS.get(r['protocol'], r['protocol'])}, {labels_name(r['labels'])} labels"
@@ -94,6 +99,7 @@ def joined(words)->str:
     words = list(words)
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
+# %% ../../nbs/report/verdict.ipynb #p017
 def headline(e:str, rows:dict, names:Names)->str: # rows: words -> judged difference
     "One bold sentence: how a method stands to all that it has to beat."
     by = {}
@@ -115,6 +121,7 @@ def worth_sentence(v:TaskVerdict, e:str)->str: # "" where unknown
     over = "test tiles and seeds" if r["seeds"] > 1 else "test tiles, one seed"
     return f"with {r['n']:,} labels, fine-tuned, it is worth {worth_text(r)} labels of training from scratch (95 % over {over})"
 
+# %% ../../nbs/report/verdict.ipynb #p021
 def card_sentence(v:TaskVerdict, e:str)->str: # "" where there is no card
     "What the card says of its features."
     if e not in v.cards.index: return ""
@@ -123,6 +130,7 @@ def card_sentence(v:TaskVerdict, e:str)->str: # "" where there is no card
     if r.word == "chance": return "its frozen features score no better than permuted labels"
     return f"its frozen features are {r.word}: {100*min(max(r.kept, 0), 1):.0f} % of their gain over chance is left without it"
 
+# %% ../../nbs/report/verdict.ipynb #p022
 def order_sentence(v:TaskVerdict, names:Names)->str: # "" for a single method
     "All methods by their linear probe, and what that order is worth."
     s = probed(v, names).sort_values("value", ascending=False)
@@ -130,6 +138,7 @@ def order_sentence(v:TaskVerdict, names:Names)->str: # "" for a single method
     metric = METRIC_NAMES.get(v.metric, v.metric)
     return f"Linear probes: {listed} ({metric}); of this order nothing is known but what the lines below say."*(len(s) > 1)
 
+# %% ../../nbs/report/verdict.ipynb #p023
 def differences_of(v:TaskVerdict, e:str, names:Names)->dict[str,dict]: # words -> judged difference
     "How a method differs from its references, those that it was compared with."
     return {words: r for words, (b, p) in references_of(v, e, names).items() if (r := pair_row(v, e, b, p))}
@@ -174,6 +183,7 @@ def recipe_of(P:Params, names:Names)->tuple[str,int]: # section of `pretrain`, e
     e = next((e for e in names.methods if P.encoders[e].pretrain), None)
     return (resolved("encoder", P.encoder, e)["pretrain"], P.encoders[e].pretrain.epochs) if e else ("", 0)
 
+# %% ../../nbs/report/verdict.ipynb #p031
 def next_step(
     study:str,
     synthetic:bool, seeds:int,
@@ -211,6 +221,7 @@ def verdict_page(
     parts += [ranks]*bool(ranks) + [f"**Warning**: {w}." for w in warnings] + [step]
     return "\n\n".join(parts)
 
+# %% ../../nbs/report/verdict.ipynb #p035
 def stands_of(v:TaskVerdict, names:Names)->list[str]:
     "The words by which a task's leading method stands to its references."
     e = leader(v, names)
