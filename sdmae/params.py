@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Text', 'Strengths', 'Readout', 'Labels', 'RECIPES', 'NAMED', 'project_root', 'Section', 'as_text', 'CBISParams',
-           'MasksParams', 'DataParams', 'ModelParams', 'StainParams', 'strengths', 'ViewParams', 'OptimParams',
-           'EncoderForm', 'merged', 'flat', 'differences', 'meant', 'resolved', 'PretrainParams', 'FewShotParams',
-           'ShiftParams', 'ProbeParams', 'FinetuneParams', 'SegmentParams', 'ReportParams', 'TaskParams',
-           'EncoderParams', 'CompareParams', 'Params', 'typed', 'with_views', 'task_of', 'model_of', 'encoder_of',
-           'faults_of', 'faults_of_names', 'lists_of', 'faults_of_comparison', 'store_of', 'run_of', 'eval_of',
-           'in_quotes', 'readable', 'composed', 'first_fault', 'why_not', 'compose', 'field_names', 'explain',
-           'parse_params', 'PlainLoader', 'read_yaml', 'load_params', 'edited', 'main']
+           'MasksParams', 'DataParams', 'ModelParams', 'StainParams', 'strengths', 'ColourParams', 'ViewParams',
+           'OptimParams', 'EncoderForm', 'merged', 'flat', 'differences', 'meant', 'resolved', 'PretrainParams',
+           'FewShotParams', 'ShiftParams', 'ProbeParams', 'FinetuneParams', 'SegmentParams', 'ReportParams',
+           'TaskParams', 'EncoderParams', 'CompareParams', 'Params', 'typed', 'with_views', 'task_of', 'model_of',
+           'encoder_of', 'faults_of', 'faults_of_names', 'lists_of', 'faults_of_comparison', 'store_of', 'run_of',
+           'eval_of', 'in_quotes', 'readable', 'composed', 'first_fault', 'why_not', 'compose', 'field_names',
+           'explain', 'parse_params', 'PlainLoader', 'read_yaml', 'load_params', 'edited', 'main']
 
 # %% ../nbs/params.ipynb #c002
 import re, sys
@@ -135,10 +135,32 @@ def strengths(value): # as YAML reads it
 
 Strengths = Annotated[float|tuple[float,float,float], BeforeValidator(strengths)]
 
+# %% ../nbs/params.ipynb #n022
+class ColourParams(Section):
+    "What views do to stain, colour and sharpness, in this order."
+    stain:StainParams|None = None                               # colours of stain, drawn from what was fitted to tissue
+    hed_jitter:float = Field(0., ge=0, le=1)                    # amount of each dye × (1 ± s), and + (± 5 s) of optical density
+    od_jitter:float = Field(0., ge=0)                           # optical density × (1 ± s) and + (± s/4), per channel
+    color_jitter:Strengths = 0.                                 # brightness, contrast, saturation × (1 ± s): one s, or three
+    hue:float = Field(0., ge=0, le=0.5)                         # ± share of the circle, in one draw of order with color_jitter
+    jitter_probability:float = Field(1., ge=0, le=1)            # of color_jitter and hue, an image
+    rand_augment:str|None = Field(None, pattern=r"^rand(-[a-z]+[0-9.]+)+$") # timm's, "rand-m9-mstd0.5-inc1"; takes color_jitter's place
+    intensity:float = Field(0., ge=0, le=1)                     # added to all pixels, ± share of the full range
+    grayscale:float = Field(0., ge=0, le=1)                     # probability that colour is taken away
+    blur:float = Field(0., ge=0, le=1)                          # probability of a Gaussian blur
+    blur_sigma:tuple[float,float] = (0.1, 2.)                   # its width, px
+    solarize:float = Field(0., ge=0, le=1)                      # probability that the bright half is inverted
+    erasing:float = Field(0., ge=0, le=1)                       # probability of random erasing
+
+    @model_validator(mode="after")
+    def _place(self):
+        if self.rand_augment and self.hue: raise ValueError("hue belongs to color_jitter, whose place rand_augment takes: leave one out")
+        return self
+
 # %% ../nbs/params.ipynb #c015
-class ViewParams(Section):
-    "Random views, drawn on the device for a whole batch."
-    scale:tuple[float,float] = (0.2, 1.)                        # area of the crop, share of the image
+class ViewParams(ColourParams):
+    "Random views, drawn on the device for a whole batch: the frame, and then the colour."
+    scale:tuple[float,float] = (0.2, 1.)                        # area of the crop, share of the field of view
     ratio:tuple[float,float] = (3/4, 4/3)                       # width over height of the crop
     fields:list[Annotated[float, Field(gt=0, le=1)]] = Field([1.], min_length=1) # of view: shares of the tile's side, one drawn an image
     interpolation:Literal["bilinear","bicubic"] = "bicubic"
@@ -147,19 +169,6 @@ class ViewParams(Section):
     rot90:bool = False                                          # quarter turns: tissue has no up
     rotate:float = Field(0., ge=0, le=180)                      # degrees either way, with what lies outside in black
     zoom:tuple[float,float] = (1., 1.)                          # factor of size, drawn together with the angle
-    intensity:float = Field(0., ge=0, le=1)                     # added to all pixels, ± share of the full range
-    stain:StainParams|None = None                               # colours of stain, drawn from what was fitted to tissue
-    hed_jitter:float = Field(0., ge=0, le=1)                    # amount of each stain × (1 ± s) and + (± s), in optical density
-    od_jitter:float = Field(0., ge=0)                           # optical density × (1 ± s) and + (± s/4), per channel
-    color_jitter:Strengths = 0.                                 # brightness, contrast, saturation × (1 ± s): one s, or three
-    hue:float = Field(0., ge=0, le=0.5)                         # ± share of the circle, in one draw of order with color_jitter
-    jitter_probability:float = Field(1., ge=0, le=1)            # of color_jitter and hue, an image
-    rand_augment:str|None = Field(None, pattern=r"^rand(-[a-z]+[0-9.]+)+$") # timm's, "rand-m9-mstd0.5-inc1"; takes color_jitter's place
-    grayscale:float = Field(0., ge=0, le=1)                     # probability that colour is taken away
-    blur:float = Field(0., ge=0, le=1)                          # probability of a Gaussian blur
-    blur_sigma:tuple[float,float] = (0.1, 2.)                   # its width, px
-    solarize:float = Field(0., ge=0, le=1)                      # probability that the bright half is inverted
-    erasing:float = Field(0., ge=0, le=1)                       # probability of random erasing
 
     @model_validator(mode="after")
     def _ranges(self):
@@ -168,7 +177,6 @@ class ViewParams(Section):
         for name in ("ratio", "zoom", "blur_sigma"):
             low, high = getattr(self, name)
             if not 0 < low <= high: raise ValueError(f"{name} must rise from above 0, got {(low, high)}")
-        if self.rand_augment and self.hue: raise ValueError("hue belongs to color_jitter, whose place rand_augment takes: leave one out")
         return self
 
 # %% ../nbs/params.ipynb #c017
@@ -289,7 +297,7 @@ class PretrainParams(Section):
         "What decides the numbers: not how many processes share the work, nor how often they save."
         return self.model_dump(exclude={"checkpoint_minutes", "num_processes", "compile"})
 
-# %% ../nbs/params.ipynb #n022
+# %% ../nbs/params.ipynb #n025
 Readout = Literal["mean", "token", "mean_token", "joined", "depth_25", "depth_50", "depth_75"] # what of an encoder is read: models/readout
 
 class FewShotParams(Section):
@@ -298,7 +306,7 @@ class FewShotParams(Section):
     episodes:int = Field(1000, ge=10)                   # draws of them
 
 
-# %% ../nbs/params.ipynb #n021
+# %% ../nbs/params.ipynb #n026
 class ShiftParams(Section):
     "The linear probe on tiles of another stain, and of another centre."
     hed:list[Annotated[float, Field(ge=0)]] = [0., 0.025, 0.05, 0.1] # strengths in HED units; []: none

@@ -33,7 +33,8 @@ from ..evaluate.features import extract
 from ..evaluate.finetune import balance
 from ..evaluate.knn import knn_probabilities
 from ..evaluate.statistics import scores
-from .ingredients import as_planned, code_of_encoder, made_of_encoder, precision_name, start_hash, store_hash
+from .ingredients import (as_planned, code_of_encoder, made_of_encoder, precision_name, stain_hashes, start_hash,
+                                             store_hash)
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c005
 def run_config(
@@ -46,7 +47,8 @@ def run_config(
     form = {k: getattr(section, k) for k in ("class_token", "pos_embed") if hasattr(section, k)}
     return dict(method=e.method, section=section.model_dump(), seed=seed, image_size=P.image_size(name), model=e.model.model_dump(),
                 mean=MEAN, std=STD, form=form,
-                start=e.start, weights=start_hash(e), pretrain=p and p.decisive(), data=store.manifest["name"],
+                start=e.start, weights=start_hash(e), stain=stain_hashes(e.section),
+                pretrain=p and p.decisive(), data=store.manifest["name"],
                 tiles=store.manifest["sha256"], device=device.type, precision=precision_name(P, precision),
                 shards=Shards(project_root()/p.shards).sha256 if p and p.shards else None)
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 from .draws import draw_rows
-from .spaces import rgb_to_hsv, hsv_to_rgb
+from .spaces import in_parts, rgb_to_hsv, hsv_to_rgb
 
 # %% ../../nbs/views/colour.ipynb #c006
 def draw(n:int, strength:float, x:Tensor)->Tensor: # (B, n, 1, 1) uniform in ±strength
@@ -41,10 +41,11 @@ def turn_hue(
     share:Tensor # (B, 1, 1, 1) of the circle
 )->Tensor:
     "Each image's hue turned: torchvision's `adjust_hue`, batched. A grey image has none."
-    if x.shape[1] == 1: return x
-    hsv = rgb_to_hsv(x)
-    hsv[:, :1] += share
-    return hsv_to_rgb(hsv)
+    def turned(x, share):
+        hsv = rgb_to_hsv(x)
+        hsv[:, :1] += share
+        return hsv_to_rgb(hsv)
+    return x if x.shape[1] == 1 else in_parts(turned, x, share)
 
 def some(x:Tensor, probability:float)->Tensor: # (B, 1, 1, 1) bool
     "Which images are changed."
