@@ -392,6 +392,17 @@ def asked(*changes, pair=None, **more):
 def test_headlines(changes, head): assert vd.task_lines(asked(*changes), NAMES)[0].startswith(head)
 
 
+def test_weights_from_elsewhere_and_labels_have_to_be_beaten_too():
+    names = Names({e: n if isinstance(n, dict) else {} for e, n in (("random", dict(baseline=True)), ("random_cnn", dict(baseline=True)), ("histogram", dict(baseline=True)),
+                   ("supervised", dict(baseline=True)), ("supervised_cnn", dict(baseline=True)), ("natural", dict(name="Natural", baseline=True)), ("mae", {}))})
+    v = asked({}, {})
+    v.refs = {"mae": dict(random="random", supervised="supervised"), "moco": dict(random="random_cnn", supervised="supervised_cnn")}
+    assert list(vd.references_of(v, "mae", names).values()) == [("random", "linear"), ("histogram", "linear"), ("random", "finetune"), ("random_long", "finetune"),
+                                                                ("supervised", "linear"), ("natural", "linear")]
+    v.judged = pd.concat([v.judged.assign(**LEVEL), pd.DataFrame([ROW | dict(a="mae", b="natural", protocol="linear")])])
+    assert vd.task_lines(v, names)[0].startswith("**No gain shown: mae is not distinguishable from the same network at random and histogram and ahead of Natural.**"), "a gain over others is none over no training"
+
+
 def test_a_level_pair_says_what_the_design_could_have_seen():
     lines = vd.task_lines(asked({}, LEVEL, pair=LEVEL), NAMES)
     assert lines[-1] == ("- SD-MAE is not distinguishable from MAE (linear probe, all labels): macro AUC +0.004, 95 % over test tiles [-0.020, +0.030], over 3 seeds "

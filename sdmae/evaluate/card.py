@@ -33,6 +33,7 @@ def colour_numbers(
     idx = np.asarray(idx)
     return np.concatenate([of(store.batch(idx[i:i+batch_size])) for i in range(0, len(idx), batch_size)])
 
+# %% ../../nbs/evaluate/card.ipynb #p006
 def statistics_of(colour:np.ndarray)->np.ndarray: # (n, 6), grey (n, 2)
     "The means and deviations among them."
     return colour[:, :2*(colour.shape[1]//(BINS + 1))]
@@ -78,6 +79,7 @@ def fit(self:Ridge,
         best = np.minimum(gcv, best)
     return out, centre
 
+# %% ../../nbs/evaluate/card.ipynb #p011
 @patch
 def predict(self:Ridge,
     x, fitted      # (m, D), and as from `fit`
@@ -103,6 +105,7 @@ def onehot(y, n_classes:int)->np.ndarray: # (n, C)
     "Class numbers as columns; labels stay as they are."
     return np.eye(n_classes)[y] if np.ndim(y) == 1 else np.asarray(y, dtype=np.float64)
 
+# %% ../../nbs/evaluate/card.ipynb #p018
 def answer_score(
     y,       # (m,) class numbers, or (m, C) labels
     answers  # (m, C)
@@ -114,6 +117,7 @@ def answer_score(
     there, right = np.unique(y), answers.argmax(1) == y
     return float(np.mean([right[y == c].mean() for c in there]))
 
+# %% ../../nbs/evaluate/card.ipynb #p019
 def probe_scores(
     ridge:Ridge, new, # training features, and (m, D) of the test tiles
     targets:list,     # answers of the training tiles, an array each
@@ -135,6 +139,7 @@ def held_out(
     part = np.random.default_rng(seed).permutation(member.max() + 1) % parts
     return [p for k in range(parts) if len(p := np.flatnonzero(part[member] == k)) and len(p) <= n - 3]
 
+# %% ../../nbs/evaluate/card.ipynb #p023
 def readable(
     x, colour,   # (n, D) features, and as from `colour_numbers`
     groups=None
@@ -163,6 +168,7 @@ def bent(
     i, j = np.triu_indices(few.shape[1])
     return np.concatenate([np.ones((len(c), 1)), c, few[:, i]*few[:, j]], axis=1)
 
+# %% ../../nbs/evaluate/card.ipynb #p027
 def without_colour(
     x, colour,      # features (n, D) and colour of the training tiles
     *others         # (x, colour) of further tiles
@@ -195,6 +201,7 @@ def some_rows(n:int, most:int, seed:int=0)->np.ndarray:
     "Positions of at most so many tiles, ascending."
     return np.sort(np.random.default_rng(seed).permutation(n)[:most])
 
+# %% ../../nbs/evaluate/card.ipynb #p032
 def beside_chance(train, test, targets, tests, n_classes)->dict: # score, chance, chance_high, p
     "The score with the true labels, which come first, beside that with permuted ones."
     score, *chance = probe_scores(Ridge(train), test, targets, tests, n_classes)

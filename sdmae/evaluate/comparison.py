@@ -111,6 +111,7 @@ def friedman(
     if (s == s[:, :1]).all(): return 1. # all tie everywhere, where its statistic is 0/0
     return float(friedmanchisquare(*s.T).pvalue)
 
+# %% ../../nbs/evaluate/comparison.ipynb #p026
 def critical_difference(
     encoders:int, tasks:int,
     level:float=0.95
@@ -128,6 +129,7 @@ def can_decide(
     "Could these tasks tell any two encoders apart, whatever the ranks?"
     return encoders - 1 > critical_difference(encoders, tasks, level)
 
+# %% ../../nbs/evaluate/comparison.ipynb #p031
 def rank_groups(
     ranks,          # (encoders,) mean ranks
     difference:float # the critical one

@@ -67,6 +67,7 @@ def bounds(
     if not len(x): return np.nan, np.nan
     return tuple(float(q) for q in np.quantile(x, [(1-level)/2, (1+level)/2], method="inverted_cdf"))
 
+# %% ../../nbs/evaluate/exchange.ipynb #p015
 def exchange(
     score,        # (1 + B,) of the encoder with `n` labels: the score, then its draws
     n:int,
@@ -86,12 +87,14 @@ def _more(x, row)->str:
     if np.isneginf(x): return f"less than {row['n_min'] - row['n']:+,.0f}" if row["n"] > row["n_min"] else "nothing"
     return f"{x - row['n']:+,.0f}"
 
+# %% ../../nbs/evaluate/exchange.ipynb #p020
 def worth_text(
     row # as from `exchange`
 )->str:
     "`+150 [+60, more than +950]`: labels that it is worth, and the interval."
     return f"{_more(row['needed'], row)} [{_more(row['low'], row)}, {_more(row['high'], row)}]"
 
+# %% ../../nbs/evaluate/exchange.ipynb #p021
 def gain(row)->float: # inf and -inf where open
     "Labels that it is worth."
     return row["needed"] - row["n"]

@@ -43,6 +43,7 @@ def delta_cell(r)->str:
     word = {"level": "not distinguishable"}.get(r.verdict, r.verdict)
     return f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}], {word}"
 
+# %% ../../nbs/report/worth.ipynb #p009
 def delta_table(
     judged:pd.DataFrame, # as from `with_verdicts`, of one score
     refs:dict,           # as from `same_network`
@@ -80,6 +81,7 @@ def label_counts(
     "Numbers of labelled tiles."
     return {l: n_all if l == "all" else round(float(l)*(n_all if float(l) < 1 else 1)) for l in labels}
 
+# %% ../../nbs/report/worth.ipynb #p014
 def _exchanges(draws, e, ref, n_of)->list[dict]:
     "All readings of one encoder against the curves of one reference."
     out = []
@@ -121,6 +123,7 @@ def rate_text(row, spent)->str:
     if not sure or (np.isposinf(row["needed"]) and row["n"] >= row["n_max"]): return "–"
     return f"more than {(row['n_max'] - row['n'])/spent:,.0f}" if np.isposinf(row["needed"]) else f"{gain(row)/spent:,.0f}"
 
+# %% ../../nbs/report/worth.ipynb #p019
 def exchange_table(
     rows:pd.DataFrame, # as from `exchange_rows`
     metric:str, names:Names
@@ -223,6 +226,7 @@ def _rank_name(ax, rank, y, left, text, colour, k):
     ax.annotate(text, (side, y), (-4 if left else 4, 0), textcoords="offset points", ha="right" if left else "left", va="center",
                 fontsize=9, color=colour, annotation_clip=False)
 
+# %% ../../nbs/report/worth.ipynb #p033
 def _rank_axis(ax, k, cd):
     "The axis of ranks above, the critical difference as a bar above it."
     ax.plot([1, k], [0, 0], color="black", lw=1); ax.plot(range(1, k+1), [0]*k, "k|", ms=7)
@@ -265,6 +269,7 @@ def stain_drop(
     rows = hed_rows(read_scores(path)) if path.is_file() else []
     return next((r["drop"] for r in rows if r["middle"]), np.nan)
 
+# %% ../../nbs/report/worth.ipynb #p038
 def read_cards(
     evals, task:str, # evals/<study>
     made:dict,       # as from `read_made`
@@ -294,6 +299,7 @@ def card_means(
     kept = kept.where([w != "chance" for w in words]) # nothing was gained that could be kept
     return means.assign(kept=kept, word=[w.replace("colour", cards["of"].iloc[0]) for w in words])
 
+# %% ../../nbs/report/worth.ipynb #p041
 def card_table(
     cards:pd.DataFrame, # as from `read_cards`
     names:Names
