@@ -260,7 +260,7 @@ def flat(
     for k, v in nested.items(): leaves |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
     return leaves
 
-# %% ../nbs/params.ipynb #n007
+# %% ../nbs/params.ipynb #d001
 def differences(
     then:dict, now:dict # nested plain values; "code" holds hashes of files
 )->list[str]:
@@ -295,7 +295,7 @@ def resolved(
     of = table[name].get("of")
     return own if of is None else merged(resolved(kind, table, of, (*below, name)), own)
 
-# %% ../nbs/params.ipynb #n021
+# %% ../nbs/params.ipynb #d003
 HELD = ("epochs", "images", "minutes", "minutes_together") # what may be held equal, one of them; `flops` where none is given
 
 class SearchParams(Section):
@@ -567,7 +567,7 @@ def held_in(table:dict, name:str)->dict: # what may be held → value or None
         name = table[name].get("of")
     return {}
 
-# %% ../nbs/params.ipynb #n022
+# %% ../nbs/params.ipynb #d004
 def budget_of(P:Params, name:str)->PretrainParams:
     "A budget; minutes that are shared come as the minutes of one training, its trials included."
     b = typed(PretrainParams, resolved("pretrain", P.pretrain, name) | held_in(P.pretrain, name), f"pretrain.{name}")
@@ -701,7 +701,7 @@ def first_fault(
         try: OmegaConf.to_container(composed(overrides[:i + 1]), resolve=True)
         except Exception: return override, OmegaConf.to_container(composed(overrides[:i]), resolve=True)
 
-# %% ../nbs/params.ipynb #n023
+# %% ../nbs/params.ipynb #d005
 def groups_of(values:dict)->list[str]: # dotted paths, down to three names
     "The sections that there are."
     return [".".join(k.split(".")[:i]) for k in flat(values) for i in (1, 2, 3)]
