@@ -392,6 +392,7 @@ class FinetuneParams(Section):
     "End-to-end fine-tuning, and supervised training from scratch."
     labels:list[Labels] = Field(["all"], min_length=1)
     subsets:int = Field(1, ge=1)                        # random draws of each number of labels
+    variants:bool = True                                # of a method, too; false: they are probed only
     frozen:bool = False                                 # only a linear map learns, behind LayerNorm and BatchNorm without parameters
     pool:Literal["mean","token"] = "mean"               # of the patch tokens, or the class token
     epochs:int = Field(ge=1)                            # passes over all labels of the training split

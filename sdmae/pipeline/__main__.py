@@ -67,18 +67,22 @@ def planned(name:str)->dict:
 # %% ../../nbs/pipeline/main.ipynb #s001
 def applies(
     protocol:str, task:str,
-    encoder:dict # its configuration
+    encoder:dict,       # its configuration
+    variant:bool=False  # of another encoder of the comparison
 )->bool:
-    "Whether a protocol can be used on a task with an encoder."
+    "Whether a protocol can be used on a task with an encoder, and is asked for."
     recipe = planned(f"tasks/{protocol}-{task}")["recipe"]
-    return recipe is not None and (protocol == "probe" or encoder["method"] not in PROBED_ONLY)
+    if recipe is None or variant and not recipe.get("variants", True): return False
+    return protocol == "probe" or encoder["method"] not in PROBED_ONLY
 
 # %% ../../nbs/pipeline/main.ipynb #s002
 def evaluate(study:str, protocol:str, task:str, encoder:str, seed:int):
     "One protocol on one task with one encoder."
     weights, out = run_of(study, encoder, seed), eval_of(study, protocol, task, encoder, seed)
     need(f"{weights}/encoder")
-    if not applies(protocol, task, config_of(weights)):
+    from sdmae.pipeline.plan import report_names
+    variant = report_names(load_params(), study)[encoder]["of"] is not None
+    if not applies(protocol, task, config_of(weights), variant):
         print(f"{protocol} does not apply to {encoder} on {task}")
         return leave_nothing(out, study=study, protocol=protocol, task=task, encoder=encoder, seed=seed)
     need(store_of(section(load_params().tasks, task, "task").data))

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 from ..params import Params, PretrainParams, load_params, project_root, store_of
 from ..methods.registry import PROBED_ONLY
-from .plan import train_tiles
+from .plan import report_names, train_tiles
 
 # %% ../../nbs/pipeline/schedule.ipynb #n005
 START, PER_TOKEN = 6., 6e-10 # seconds: until a stage computes; for a token of an image, a block, and a weight of its square
@@ -33,10 +33,11 @@ def images_of(budget:PretrainParams, tiles:int, P:Params, encoder:str)->float:
     return images * (1 + len(budget.search.factors)*budget.search.share if budget.search else 1)
 
 # %% ../../nbs/pipeline/schedule.ipynb #n013
-def evaluation(P:Params, encoder:str, protocol:str, task:str)->float:
+def evaluation(P:Params, study:str, encoder:str, protocol:str, task:str)->float:
     "A guess of the seconds of one protocol on one task."
     e, recipe = P.encoders[encoder], getattr(P.tasks[task], protocol)
     if not recipe or protocol != "probe" and e.method in PROBED_ONLY: return 1.
+    if not getattr(recipe, "variants", True) and report_names(P, study)[encoder]["of"]: return 1.
     if protocol != "finetune": return START
     passes = [max(recipe.epochs*(train_tiles(P.tasks[task].data) or 1000), recipe.min_steps*recipe.batch_size) for _ in recipe.labels]
     return seconds(P, encoder, sum(passes)*(1 + recipe.scratch_factor if e.method == "random" else 1))
@@ -45,7 +46,7 @@ def job(P:Params, study:str, encoder:str, seed:int)->dict[str,float]: # stage â†
     "An encoder and all that is asked of it."
     lead, e = "" if study == "tissue" else f"{study}_", P.encoders[encoder]
     trained = images_of(e.pretrain, train_tiles(e.data) or 1000, P, encoder) if e.pretrain else 0
-    asked = {f"{lead}evaluate@{study}-{p}-{t}-{encoder}-{seed}": evaluation(P, encoder, p, t) for p in P.protocols
+    asked = {f"{lead}evaluate@{study}-{p}-{t}-{encoder}-{seed}": evaluation(P, study, encoder, p, t) for p in P.protocols
              for t in P.compare[study].tasks}
     return {f"{lead}pretrain@{study}-{encoder}-{seed}": seconds(P, encoder, trained)} | asked
 
