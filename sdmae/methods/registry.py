@@ -19,6 +19,7 @@ METHODS = dict( # name → module in sdmae.methods, and its class
     sdmae="sdmae:SDMAE",
     miram="miram:MIRAM",
     barlow="barlow:BarlowTwins",
+    moco="moco:MoCo",
 )
 BASELINES = ("random", "histogram", "imported", "supervised") # learn nothing from unlabelled tiles: what a method has to beat
 PROBED_ONLY = ("histogram", "supervised")                     # nothing to fine-tune, or trained on the labels already
