@@ -22,10 +22,10 @@ PARAMS = parse_params(compose(["only=tissue", "data.tissue.image_size=32", "mode
                                "encoder.mae.views={of: tissue, color_jitter: 0.3}",
                                "+encoder.sdmae_momentum={of: sdmae, detach_teacher: true, center_on: logits, teacher_momentum: 0.9}",
                                "+encoder.swav={data: tissue, pretrain: tissue, method: swav, prototypes: 6, queue: 16, queue_start: 0.2, freeze_prototypes: 0.1, head: {hidden_dim: 16, out_dim: 8}, "
-                               "local_crops: 1, local_size: 16, optim: {base_lr: 0.1}}", "+encoder.swav_conv={of: swav, model: {arch: test_resnet}}",
+                               "local_crops: 1, local_size: 16, optim: {name: sgd, base_lr: 0.5, warmup: 0.3}}", "+encoder.swav_conv={of: swav, model: {arch: test_resnet}}",
                                "+encoder.dino={data: tissue, pretrain: tissue, method: dino, head: {hidden_dim: 16, bottleneck_dim: 8, out_dim: 12}, teacher_momentum: 0.9, freeze_last_layer: 0.1, "
                                "local_crops: 1, local_size: 16, optim: {base_lr: 0.1, clip_norm: 3.0, weight_decay_end: 0.4}}",
-                               "+encoder.dino_conv={of: dino, class_token: false, feature: mean, model: {arch: test_resnet}}"]))
+                               "+encoder.dino_conv={of: dino, class_token: false, feature: mean, model: {arch: test_resnet}, optim: {name: sgd, base_lr: 0.5, warmup: 0.3, weight_decay_end: null}}"]))
 
 
 RESUMED = ["sdmae", "follower", "swav_conv", "dino"] # what they have beside weights: a centre; a queue, a teacher, a layer that began later, running statistics
