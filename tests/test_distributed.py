@@ -17,18 +17,15 @@ from toys import Follower
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-METHODS = ["mae", "sdmae", "sdmae_momentum", "miram", "follower", "swav", "swav_conv", "dino", "dino_conv"]
+METHODS = ["mae", "sdmae", "sdmae_momentum", "miram", "follower", "dino"]
 PARAMS = parse_params(compose(["only=tissue", "data.tissue.image_size=32", "model.embed_dim=24", "model.depth=2", "model.num_heads=2", "+encoder.miram={of: mae, method: miram}",
                                "encoder.mae.views={of: tissue, color_jitter: 0.3}",
                                "+encoder.sdmae_momentum={of: sdmae, detach_teacher: true, center_on: logits, teacher_momentum: 0.9}",
-                               "+encoder.swav={data: tissue, pretrain: tissue, method: swav, prototypes: 6, queue: 16, queue_start: 0.2, freeze_prototypes: 0.1, head: {hidden_dim: 16, out_dim: 8}, "
-                               "local_crops: 1, local_size: 16, optim: {name: sgd, base_lr: 0.5, warmup: 0.3}}", "+encoder.swav_conv={of: swav, model: {arch: test_resnet}}",
                                "+encoder.dino={data: tissue, pretrain: tissue, method: dino, head: {hidden_dim: 16, bottleneck_dim: 8, out_dim: 12}, teacher_momentum: 0.9, freeze_last_layer: 0.1, "
-                               "local_crops: 1, local_size: 16, optim: {base_lr: 0.1, clip_norm: 3.0, weight_decay_end: 0.4}}",
-                               "+encoder.dino_conv={of: dino, class_token: false, feature: mean, model: {arch: test_resnet}, optim: {name: sgd, base_lr: 0.5, warmup: 0.3, weight_decay_end: null}}"]))
+                               "local_crops: 1, local_size: 16, optim: {base_lr: 0.1, clip_norm: 3.0, weight_decay_end: 0.4}}"]))
 
 
-RESUMED = ["sdmae", "follower", "swav_conv", "dino"] # what they have beside weights: a centre; a queue, a teacher, a layer that began later, running statistics
+RESUMED = ["sdmae", "follower", "dino"] # what they have beside weights: a centre; a queue, a teacher, a layer that began later
 PARTED = ["sdmae", "follower"] # their losses can be worked off in parts
 
 
@@ -186,15 +183,6 @@ def test_a_queue_and_a_teacher_are_those_of_one_process(one, two):
     for k in ("queue", "teacher.0.weight", "last.weight"):
         a, b = (o["follower"]["state"][k] for o in (one, two))
         assert not torch.allclose(a, fresh[k], atol=1e-3) and torch.allclose(a, b, atol=1e-5), k
-
-
-def test_joint_methods_keep_the_state_of_one_process(one, two):
-    "SwAV's queue, DINO's centre and teacher, and the running statistics of BatchNorm: those of the whole batch, and moved."
-    for name, keys in dict(swav_conv=("queue", "prototypes", "head.1.running_mean"), dino_conv=("center", "teacher.head.mlp.0.weight", "teacher.encoder.network.bn1.running_var")).items():
-        fresh = build(name)[0].state_dict()
-        for k in keys:
-            a, b = (o[name]["state"][k] for o in (one, two))
-            assert not torch.allclose(a, fresh[k], atol=1e-3) and torch.allclose(a, b, atol=1e-5), (name, k)
 
 
 def test_every_row_once_an_epoch(two):
