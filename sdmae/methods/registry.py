@@ -18,8 +18,10 @@ METHODS = dict( # name → module in sdmae.methods, and its class
     mae="mae:MAE",
     sdmae="sdmae:SDMAE",
     miram="miram:MIRAM",
-    barlow="barlow:BarlowTwins",
     moco="moco:MoCo",
+    swav="swav:SwAV",
+    barlow="barlow:BarlowTwins",
+    dino="dino:DINO",
 )
 BASELINES = ("random", "histogram", "imported", "supervised") # learn nothing from unlabelled tiles: what a method has to beat
 PROBED_ONLY = ("histogram", "supervised")                     # nothing to fine-tune, or trained on the labels already

@@ -14,27 +14,32 @@ from ..params import Section
 
 # %% ../../nbs/models/heads.ipynb #n000
 class HeadParams(Section):
-    "The two distillation heads of SD-MAE."
+    "A head of scores over prototypes: both of SD-MAE's, and DINO's."
     hidden_dim:int = Field(2048, ge=1)
     bottleneck_dim:int = Field(256, ge=1)
     out_dim:int = Field(4096, ge=2)             # prototypes
 
 # %% ../../nbs/models/heads.ipynb #c005
-def cut_normal(x:Tensor, std:float=0.02)->Tensor: # `x`, filled in place
-    "A normal distribution cut at ± one deviation: what the release calls `trunc_normal_`."
-    return nn.init.trunc_normal_(x, std=std, a=-std, b=std)
+def cut_normal(
+    x:Tensor,
+    std:float=0.02,
+    cut:float=1. # deviations
+)->Tensor:       # `x`, filled in place
+    "A normal distribution cut at ± so many deviations; one is what SD-MAE's release calls `trunc_normal_`."
+    return nn.init.trunc_normal_(x, std=std, a=-cut*std, b=cut*std)
 
 # %% ../../nbs/models/heads.ipynb #s000
 class DistillHead(nn.Module):
     "in → hidden → hidden → bottleneck (GELU), onto the unit sphere, then weight-normalised prototypes without bias."
     def __init__(self,
         in_dim:int,
-        params:HeadParams
+        params:HeadParams,
+        cut:float=1. # deviations at which the first weights of the MLP are cut
     ):
         super().__init__()
         h, b = params.hidden_dim, params.bottleneck_dim
         self.mlp = nn.Sequential(nn.Linear(in_dim, h), nn.GELU(), nn.Linear(h, h), nn.GELU(), nn.Linear(h, b))
-        for m in self.mlp[::2]: cut_normal(m.weight); nn.init.zeros_(m.bias)
+        for m in self.mlp[::2]: cut_normal(m.weight, cut=cut); nn.init.zeros_(m.bias)
         self.prototypes = nn.Parameter(nn.Linear(b, params.out_dim, bias=False).weight.data)
 
     def points(self, tokens:Tensor)->Tensor: # (..., in_dim) → (..., bottleneck)

@@ -96,7 +96,7 @@ def make_optimizer(
     "The optimiser that `optim.name` asks for."
     adam = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam).get(optim.name)
     if adam: return adam(groups, lr=lr, betas=optim.betas, fused=True)
-    if optim.name == "sgd": return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True)
+    if optim.name == "sgd": return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, nesterov=optim.nesterov, foreach=True) # fused fails where a weight begins late
     parts = [{**g, "params": [p for p in g["params"] if (p.ndim > 1) == matrices], "always_adapt": matrices}
              for g in groups for matrices in (True, False)]
     for g in parts: g["weight_decay"] = g.get("weight_decay", 0.) if g["always_adapt"] else 0.
