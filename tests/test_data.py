@@ -373,7 +373,7 @@ def test_grey_and_transparent_images_become_rgb(tmp_path):
     assert (r.read() == 77).all() and r.read().shape == (16,16,3)
 
 @pytest.mark.parametrize("files", [
-    {"a.png":image()}, {"a/1.png":image(), "b.png":image()},
+    {"a/1.png":image(), "b.png":image()},
     {"a/patient1/1.png":image(), "b/patient1/1.png":image()},
     {"train/a/1.png":image(), "b/1.png":image()}])
 def test_folder_wrong_layout(tmp_path, files):
@@ -556,7 +556,7 @@ def test_csv_own_split_tearing_a_group(tmp_path):
     with pytest.raises(ValueError, match="group 'p1' is in train and valid"): open_source(params(file, "csv"))
 
 @pytest.mark.parametrize("change, error, message", [
-    (lambda t: t.drop(columns="label"), ValueError, "column 'label' is missing"),
+    (lambda t: t.drop(columns="path"), ValueError, "column 'path' is missing"),
     (lambda t: t.assign(split=["train"]*9 + ["holdout"]), ValueError, "row 11 has split 'holdout'"),
     (lambda t: t.assign(split=["train"]*9 + [""]), ValueError, "row 11 has split ''"),
     (lambda t: t.assign(label=["a"]*4 + [" "] + ["b"]*5), ValueError, "row 6 has no label"),

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'WITH_PROSE', 'SHOWN', 'encoder_faults', 'train_tiles', 'in_runs', 'task_faults', 'data_faults',
-           'check_params', 'check', 'made_of_report', 'report_names', 'plans', 'difference', 'label_faults',
-           'read_plan', 'plan']
+           'check_params', 'check', 'made_of_report', 'report_names', 'plans', 'difference', 'unlabelled_faults',
+           'label_faults', 'read_plan', 'plan']
 
 # %% ../../nbs/pipeline/plan.ipynb #n002
 import json
 from pathlib import Path
 from ..files import whole
 from ..params import RECIPES, Params, differences, flat, load_params, project_root, resolved, store_of
-from ..methods.registry import BASELINES, PROBED_ONLY, method_params
-from .ingredients import NOTEBOOKS, made_of_encoder, made_of_task
+from ..methods.registry import BASELINES, PROBED_ONLY, method_class, method_params
+from .ingredients import NOTEBOOKS, answered, made_of_encoder, made_of_task
 from .run import strip
 
 # %% ../../nbs/pipeline/plan.ipynb #n007
@@ -30,7 +30,7 @@ def encoder_faults(P:Params, name:str)->list[str]: # a line each
 def train_tiles(data:str)->int|None:
     "Tiles of the training split; None where the data is not prepared."
     manifest = project_root()/store_of(data)/"manifest.json"
-    return sum(json.loads(manifest.read_text()).get("counts", {}).get("train", {}).values()) if manifest.is_file() else None
+    return json.loads(manifest.read_text()).get("tiles", {}).get("train") if manifest.is_file() else None
 
 def in_runs(start:str|None)->bool:
     "Do weights lie where the pipeline writes its own?"
@@ -118,11 +118,21 @@ def difference(
     return "; ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
 
 # %% ../../nbs/pipeline/plan.ipynb #n005
+def unlabelled_faults(P:Params)->list[str]:
+    "Encoders that learn from labels, on data that has none."
+    def asks(s, e):
+        d, section = P.encoders[e].data, P.encoders[e].section
+        manifest = project_root()/store_of(d)/"manifest.json"
+        needs = getattr(method_class(P.encoders[e].method), "labelled", False) and section.get("target", "label") == "label" and manifest.is_file()
+        return needs and json.loads(manifest.read_text()).get("classes") == []
+    return [f"compare.{s}.encoders lists {e}, which learns from labels, and no tile of {P.encoders[e].data} has one: leave it out, as "
+            "experiment=which does" for s in P.reports for e in P.compare[s].encoders if asks(s, e)]
+
 def label_faults(P:Params)->list[str]:
-    "Recipes that ask for more labels than the prepared data has."
+    "Recipes that ask for more labels than the prepared data has; where it has none, encoders alone may not ask."
     from sdmae.data.store import TileStore # here, for torch comes with it
-    faults = []
-    for name in dict.fromkeys(t for s in P.reports for t in P.compare[s].tasks):
+    faults = unlabelled_faults(P)
+    for name in dict.fromkeys(t for s in P.reports for t in P.compare[s].tasks if answered(P, t)):
         task, recipes, folder = P.tasks[name], resolved("task", P.task, name), project_root()/store_of(P.tasks[name].data)
         asked = {f"{RECIPES[p]}.{recipes[p]}.labels": r.labels for p in P.protocols if (r := getattr(task, p)) and hasattr(r, "labels")}
         store = TileStore(folder) if asked and folder.exists() else None
@@ -145,6 +155,8 @@ def plan(
     P = load_params()
     check_params(P) # again, for now it is known how many tiles there are
     if faults := label_faults(P): raise ValueError("params.yaml asks for more than the prepared data has:\n  " + "\n  ".join(faults))
+    for t in dict.fromkeys(t for s in P.reports for t in P.compare[s].tasks if not answered(P, t)):
+        print(f"task {t}: no tile of {P.tasks[t].data} has a label, so {', '.join(P.protocols)} do not apply; the report says what can be known")
     folder, files = project_root()/out, plans(P)
     for name, made in files.items():
         path = folder/name
