@@ -630,7 +630,7 @@ def why_not(
         base = flat(resolved(kind, values[kind], rest[0]))
         if ".".join([*rest[1:], last]) in base:
             return f"{key} is taken over from another ({kind}.{rest[0]}.of): set it with two plus signs, ++{override}"
-    if last in field_names() and section in groups_of(values) and not override.startswith("+"):
+    if last in field_names() and section in groups_of(values) and section not in NAMED and not override.startswith("+"):
         return f"{key} is left at its default, so the file does not hold it: set it with a plus sign, +{override}"
     groups = [p.name for p in (project_root()/"conf").iterdir() if p.is_dir()]
     known = groups + list(flat(values)) + groups_of(values)
