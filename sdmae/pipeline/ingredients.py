@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'hash_of', 'store_hash', 'tiles_hash', 'weights_hash', 'start_hash', 'precision_name', 'notebook_code',
-           'code_of_encoder', 'reads_labels', 'made_of_encoder', 'code_of_protocol', 'answered', 'made_of_task',
-           'as_planned']
+           'code_of_encoder', 'reads_labels', 'made_of_encoder', 'code_of_protocol', 'has_labels', 'answered',
+           'made_of_task', 'as_planned']
 
 # %% ../../nbs/pipeline/ingredients.ipynb #n002
 import csv, hashlib, json, os
@@ -94,11 +94,12 @@ def code_of_protocol(protocol:str)->dict[str,str]: # file → hash
     return notebook_code(NOTEBOOKS[protocol])
 
 # %% ../../nbs/pipeline/ingredients.ipynb #n013
-def answered(P:Params, name:str)->bool:
-    "Has the data of a task any label? Data that is not prepared yet counts as labelled."
-    t = P.tasks[name]
-    manifest = project_root()/store_of(t.data)/"manifest.json"
-    return t.target != "label" or not manifest.is_file() or json.loads(manifest.read_text()).get("classes") != []
+def has_labels(data:str, target:str)->bool:
+    "Can prepared data answer? Without classes it has no task `label`. Data that is not prepared yet counts as labelled."
+    manifest = project_root()/store_of(data)/"manifest.json"
+    return target != "label" or not manifest.is_file() or json.loads(manifest.read_text()).get("classes") != []
+
+def answered(P:Params, name:str)->bool: return has_labels(P.tasks[name].data, P.tasks[name].target) # of a task
 
 def made_of_task(P:Params, name:str, protocol:str)->dict:
     "Everything that decides one protocol on one task, but the encoder; `recipe` is None where it does not apply, as without labels."

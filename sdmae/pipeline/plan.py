@@ -13,7 +13,7 @@ from pathlib import Path
 from ..files import whole
 from ..params import RECIPES, Params, differences, flat, load_params, project_root, resolved, store_of
 from ..methods.registry import BASELINES, PROBED_ONLY, method_class, method_params
-from .ingredients import NOTEBOOKS, answered, made_of_encoder, made_of_task
+from .ingredients import NOTEBOOKS, answered, has_labels, made_of_encoder, made_of_task
 from .run import strip
 
 # %% ../../nbs/pipeline/plan.ipynb #n007
@@ -51,8 +51,10 @@ def task_faults(P:Params, study:str)->list[str]:
 # %% ../../nbs/pipeline/plan.ipynb #n009
 def data_faults(P:Params)->list[str]:
     "Archives that are not there."
-    return [f"data.{name}.path {d.path} does not exist: put the archives of {d.name!r} there (README, \"The real sets\"), "
-            "or fetch the sample with `dvc pull data.dvc`"
+    def way(d):
+        if d.adapter in ("folder", "csv"): return "name your images there, as seen from the project's folder, or absolute"
+        return f"put the archives of {d.name!r} there (README, \"The real sets\"), or fetch the sample with `dvc pull data.dvc`"
+    return [f"data.{name}.path {d.path} does not exist: {way(d)}"
             for name, d in P.data.items() if not (project_root()/d.path).exists()]
 
 def check_params(P:Params):
@@ -121,10 +123,8 @@ def difference(
 def unlabelled_faults(P:Params)->list[str]:
     "Encoders that learn from labels, on data that has none."
     def asks(s, e):
-        d, section = P.encoders[e].data, P.encoders[e].section
-        manifest = project_root()/store_of(d)/"manifest.json"
-        needs = getattr(method_class(P.encoders[e].method), "labelled", False) and section.get("target", "label") == "label" and manifest.is_file()
-        return needs and json.loads(manifest.read_text()).get("classes") == []
+        needs = getattr(method_class(P.encoders[e].method), "labelled", False)
+        return needs and not has_labels(P.encoders[e].data, P.encoders[e].section.get("target", "label"))
     return [f"compare.{s}.encoders lists {e}, which learns from labels, and no tile of {P.encoders[e].data} has one: leave it out, as "
             "experiment=which does" for s in P.reports for e in P.compare[s].encoders if asks(s, e)]
 
@@ -156,7 +156,8 @@ def plan(
     check_params(P) # again, for now it is known how many tiles there are
     if faults := label_faults(P): raise ValueError("params.yaml asks for more than the prepared data has:\n  " + "\n  ".join(faults))
     for t in dict.fromkeys(t for s in P.reports for t in P.compare[s].tasks if not answered(P, t)):
-        print(f"task {t}: no tile of {P.tasks[t].data} has a label, so {', '.join(P.protocols)} do not apply; the report says what can be known")
+        print(f"task {t}: no tile of {P.tasks[t].data} has a label, so {', '.join(P.protocols)} do not apply; the report says what can be "
+              "known")
     folder, files = project_root()/out, plans(P)
     for name, made in files.items():
         path = folder/name

@@ -229,7 +229,8 @@ def train(r:Run, model)->tuple[list,dict,dict]: # history; pictures by epoch; ci
     fixed = np.random.default_rng(0).permutation(r.store.indices("valid"))[:8]
     steps, spent = planned(r, model)
     optim, search = searched(r, steps)
-    pictures, watch = Reconstructions(p.watch_every, r.store.batch(fixed)), Watch(p.watch_every, feature_watch(r.store, r.device, r.precision))
+    pictures = Reconstructions(p.watch_every, r.store.batch(fixed))
+    watch = Watch(p.watch_every, feature_watch(r.store, r.device, r.precision))
     trainer = make_trainer(r, model, steps, optim, callbacks=(pictures, watch, LiveLog(r.out/"live")))
     trainer.under = circumstances(r.device, r.precision, rank_and_world()[1])
     history = trainer.fit()

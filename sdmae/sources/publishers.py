@@ -314,7 +314,8 @@ def bare_folder(
     groups = {r.group for r in records} - {""}
     notes = [f"read {len(records)} tiles without labels from {path}" + f", in {len(groups)} groups by their first folder"*bool(groups)]
     if data.folders == "class":
-        notes.append(f"warning: no image is in a folder, so none has a label; if {path.name} is a class, name the folder above in data.path")
+        notes.append(f"warning: no image is in a folder, so none has a label; if {path.name} is a class, name the folder above in "
+                     "data.path")
     return Source(data.name, records, [], is_synthetic(path), notes + left + look_alikes(sorted(groups), "groups") + beside(path))
 
 def folder(
@@ -358,7 +359,8 @@ def unanswered(
     none = rows.label.map(tidy) == ""
     if none.all() or not none.any(): return ["no tile has a label"]*bool(none.all())
     if rows.split.map(tidy).eq("").any():
-        raise ValueError(f"{path}: row {none.idxmax()} has no label. Fill it in, or give every row its split: then some tiles may have none.")
+        raise ValueError(f"{path}: row {none.idxmax()} has no label. Fill it in, or give every row its split: then some tiles may have "
+                         "none.")
     return [f"warning: {none.sum()} of {len(none)} tiles have no label"]
 
 def read_rows(
@@ -603,8 +605,8 @@ def drop(
     for n in names:
         if n not in classes: raise ValueError(f"data.drop_classes: no class {n!r}; there are {', '.join(classes) or 'none'}.")
     left = [c for c in classes if c not in names]
-    if len(left) < 2 and classes: raise ValueError(f"data: {len(left)} class left ({', '.join(left)}); telling tissue apart takes two."
-                                                   + UNLABELLED*(len(classes) < 2))
+    if len(left) < 2 and classes:
+        raise ValueError(f"data: {len(left)} class left ({', '.join(left)}); telling tissue apart takes two." + UNLABELLED*(len(classes) < 2))
     return [r for r in records if r.label not in names], left
 
 # %% ../../nbs/sources/publishers.ipynb #c041
