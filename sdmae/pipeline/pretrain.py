@@ -61,7 +61,7 @@ def made_of(
     "What a checkpoint has to agree with: configuration, code, torch."
     return dict(config=config, code=code_of_encoder(config["method"]), torch=torch.__version__)
 
-# %% ../../nbs/pipeline/pretrain.ipynb #c007
+# %% ../../nbs/pipeline/pretrain.ipynb #n018
 def watched_rows(store:TileStore, split:str, n:int)->np.ndarray: # rows, ascending
     "At most `n` tiles of a split, stratified by class where every tile has one."
     rows = store.indices(split)
@@ -76,6 +76,7 @@ def knn_watch(
     p = knn_probabilities(x, store.targets(bank).cpu().numpy(), v, min(20, len(bank)), len(store.classes))
     return scores(store.targets(valid).cpu().numpy(), p)["balanced_accuracy"]
 
+# %% ../../nbs/pipeline/pretrain.ipynb #c007
 def feature_watch(
     store:TileStore, device:torch.device, precision:torch.dtype|None
 ): # model → dict of numbers

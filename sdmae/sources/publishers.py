@@ -305,6 +305,7 @@ def beside(path:Path)->list[str]: # warnings
     if not others: return []
     return [f"warning: {path.name} alone was read, {' and '.join(others)} beside it not: name the folder above in data.path"]
 
+# %% ../../nbs/sources/publishers.ipynb #n007
 def bare_folder(
     path:Path, data:DataParams, images:list, left:list[str] # of `list_images`, with what was not read
 )->Source: # not yet split further
@@ -318,6 +319,7 @@ def bare_folder(
                      "data.path")
     return Source(data.name, records, [], is_synthetic(path), notes + left + look_alikes(sorted(groups), "groups") + beside(path))
 
+# %% ../../nbs/sources/publishers.ipynb #n008
 def folder(
     path:Path, data:DataParams
 )->Source: # not yet split further
@@ -351,7 +353,7 @@ def unread(
     told += ["; one that says in which split a tile is must be called split"]*bool(words & SPLIT_WORDS and not says("split"))
     return ["warning: "*bool(told) + f"columns that are not used: {', '.join(unused)}" + "".join(told)]
 
-# %% ../../nbs/sources/publishers.ipynb #n002
+# %% ../../nbs/sources/publishers.ipynb #n010
 def unanswered(
     rows:pd.DataFrame, path:Path # of a CSV; for the error
 )->list[str]:                    # notes
@@ -363,6 +365,7 @@ def unanswered(
                          "none.")
     return [f"warning: {none.sum()} of {len(none)} tiles have no label"]
 
+# %% ../../nbs/sources/publishers.ipynb #n002
 def read_rows(
     path:Path # a CSV
 )->tuple[pd.DataFrame, list[str]]: # columns path, label, group, split, centre, all text; notes
@@ -606,7 +609,8 @@ def drop(
         if n not in classes: raise ValueError(f"data.drop_classes: no class {n!r}; there are {', '.join(classes) or 'none'}.")
     left = [c for c in classes if c not in names]
     if len(left) < 2 and classes:
-        raise ValueError(f"data: {len(left)} class left ({', '.join(left)}); telling tissue apart takes two." + UNLABELLED*(len(classes) < 2))
+        only = f"data: {len(left)} class left ({', '.join(left)}); telling tissue apart takes two."
+        raise ValueError(only + UNLABELLED*(len(classes) < 2))
     return [r for r in records if r.label not in names], left
 
 # %% ../../nbs/sources/publishers.ipynb #c041
