@@ -225,6 +225,31 @@ def test_a_path_that_is_missing_is_named(monkeypatch):
     assert any(f.startswith("data.tissue.path no/such/tiles does not exist") for f in plan.data_faults(P))
 
 
+def tiny(tmp_path, *more):
+    "A file of parameters of `which` for tiny tiles, and the arguments of one pre-training on some without labels."
+    given = ["experiment=which", "data=folder", "data.tissue.image_size=16", "model.embed_dim=24", "model.depth=2", "model.num_heads=2", "model.patch_size=8", "device=cpu",
+             "precision=float32", *more]
+    (tmp_path/"params.yaml").write_text(yaml.safe_dump(compose(given)))
+    data = params(images(tmp_path/"own", [f"{i}.png" for i in range(24)]))
+    prepare(open_source(data), tmp_path/"tiles", data)
+    return [f"--{k}={v}" for k, v in dict(encoder="mae", params=tmp_path/"params.yaml", tiles=tmp_path/"tiles", out=tmp_path/"run").items()]
+
+
+def test_a_time_that_is_too_short_ends_in_one_line(tmp_path, capsys):
+    from sdmae.pipeline.pretrain import main
+    assert main(tiny(tmp_path, "pretrain.tissue.minutes_together=1e-6")) == 2 and not (tmp_path/"run"/"made.json").exists()
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"pretrain.minutes 5e-07 is less than one step, which takes [\d.e-]+: give more .minutes_together are shared out., or lower batch_size$", said)
+
+
+def test_more_in_a_batch_than_there_are_tiles(tmp_path, capsys):
+    "All tiles are one batch then; RankMe is what is watched."
+    from sdmae.pipeline.pretrain import main
+    assert main(tiny(tmp_path, "pretrain.tissue.minutes_together=null", "pretrain.tissue.epochs=2", "pretrain.tissue.batch_size=512")) == 0
+    made = json.loads((tmp_path/"run"/"made.json").read_text())
+    assert made["steps"] == 2 and "rankme" in made["last"] and not any("knn" in k for k in made["last"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bare", [False, True])
 def test_the_whole_command(tmp_path, bare):
