@@ -174,7 +174,8 @@ def test_a_baseline_that_wins_is_said():
     best = best_of({("random", 0): .9, ("mae", 0): .9, ("sdmae", 0): .5}, BY_RANK, NAMES, "runs/x") # a tie needs no training
     best["pretrained"]["warnings"] = ["it has collapsed"]
     said = best_text(best, NAMES, 16)
-    assert not best["worth_it"] and "none of the pre-trained encoders is worth it here" in said and "weak guide" in said and "16 tiles only" in said and "it has collapsed" in said and best["pretrained"]["encoder"] == "mae"
+    assert not best["worth_it"] and "no pre-trained encoder is shown to be worth it" in said and "weak guide" in said and "16 tiles only" in said and "it has collapsed" in said and best["pretrained"]["encoder"] == "mae"
+    assert "none of the pre-trained encoders is worth it here" in best_text(best | dict(by=BY_PROBE), NAMES, 1000)
 
 
 @pytest.mark.parametrize("arch", [dict(patch_size=8, embed_dim=24, depth=2, num_heads=2), dict(arch="resnet18")])
