@@ -156,8 +156,8 @@ def plan(
     check_params(P) # again, for now it is known how many tiles there are
     if faults := label_faults(P): raise ValueError("params.yaml asks for more than the prepared data has:\n  " + "\n  ".join(faults))
     for t in dict.fromkeys(t for s in P.reports for t in P.compare[s].tasks if not answered(P, t)):
-        print(f"task {t}: no tile of {P.tasks[t].data} has a label, so no protocol applies ({', '.join(P.protocols)}); the report says what can be "
-              "known")
+        print(f"task {t}: no tile of {P.tasks[t].data} has a label, so no protocol applies ({', '.join(P.protocols)}); "
+              "the report says what can be known")
     folder, files = project_root()/out, plans(P)
     for name, made in files.items():
         path = folder/name

@@ -93,9 +93,10 @@ def best_text(
 )->str:
     "The choice in words, and what speaks against it."
     said = f"**{names[best['encoder']]}** has the highest {best['by']}: {best['score']:.3f}"
-    worth = "no pre-trained encoder is shown to be worth it" if best["by"] == BY_RANK else "none of the pre-trained encoders is worth it here"
+    ranked = best["by"] == BY_RANK
+    worth = "no pre-trained encoder is shown to be worth it" if ranked else "none of the pre-trained encoders is worth it here"
     if not best["worth_it"]: said += f". It is a baseline: **{worth}**"
-    if best["by"] == BY_RANK: said += ". This is a weak guide: features of many directions need not be useful ones"
+    if ranked: said += ". This is a weak guide: features of many directions need not be useful ones"
     if tiles < FEW: said += f". Validation has {tiles} tiles only: small differences are chance, other tiles may give another order"
     learned = best["pretrained"]
     if not learned: return f"{said}. Nothing was pre-trained."
