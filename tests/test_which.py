@@ -272,7 +272,7 @@ def test_the_whole_command(tmp_path, bare):
     run(*["data.tissue.folders=group"]*bare)
     report = work/"reports"/"tissue"
     page, best = (report/"index.html").read_text(), json.loads((report/"best.json").read_text())
-    assert (report/"best.safetensors").is_file() and best["by"] == (BY_RANK if bare else BY_PROBE) and "timm.create_model" in page and list(report.glob("neighbours*.png"))
+    assert (report/"best.safetensors").is_file() and best["by"] == (BY_RANK if bare else BY_PROBE) and "create_model" in page and list(report.glob("neighbours*.png"))
     if not bare: return
     assert "What cannot be known without labels" in page and "weak guide" in page
     table = pd.read_csv(report/"to_label.csv", dtype=str, keep_default_na=False).assign(label=["a", "b"]*30)
