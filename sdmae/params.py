@@ -69,6 +69,7 @@ class DataParams(Section):
     image_size:int|None = Field(None, ge=8)                 # px of a prepared tile; images with masks stay as they are
     crop:int|None = Field(None, ge=8)                       # centre crop, px, before resizing
     drop_classes:list[Text] = []                            # ["BACK"] gives NCT-CRC's 8 classes
+    folders:Literal["class","group"] = "class"              # of adapter folder: what the folders of images are; group: patients or slides
     valid_fraction:float = Field(0.15, gt=0, lt=0.5)        # of train, where the publisher ships no valid split; of masks: of the slides
     limit:int|None = Field(None, ge=1)                      # at most so many tiles a split, for trials
     seed:int = Field(0, ge=0)                               # of the split
@@ -83,6 +84,7 @@ class DataParams(Section):
                 raise ValueError(f"a section {name} belongs to adapter: {name}, and to no other")
         if (self.image_size is None) != (self.adapter == "masks"):
             raise ValueError("image_size, px of a prepared tile, must be given, but for adapter: masks")
+        if self.folders == "group" and self.adapter != "folder": raise ValueError("folders: group is for adapter: folder")
         return self
 
 # %% ../nbs/params.ipynb #c013

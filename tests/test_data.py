@@ -373,7 +373,7 @@ def test_grey_and_transparent_images_become_rgb(tmp_path):
     assert (r.read() == 77).all() and r.read().shape == (16,16,3)
 
 @pytest.mark.parametrize("files", [
-    {"a.png":image()}, {"a/1.png":image(), "b.png":image()},
+    {"a/1.png":image(), "b.png":image()},
     {"a/patient1/1.png":image(), "b/patient1/1.png":image()},
     {"train/a/1.png":image(), "b/1.png":image()}])
 def test_folder_wrong_layout(tmp_path, files):
@@ -434,7 +434,8 @@ def test_classes_that_differ_by_capitals_are_pointed_out(tmp_path):
 def test_one_level_too_low(tmp_path):
     put(tmp_path, {**tiles(8, "ab", "train/"), **tiles(8, "ab", "test/")})
     assert open_source(params(tmp_path/"train")).notes[-1] == "warning: train alone was read, test beside it not: name the folder above in data.path"
-    with pytest.raises(ValueError, match="If a is itself a label, name the folder above"): open_source(params(tmp_path/"train"/"a"))
+    put(tmp_path, {f"train/a/more{i}.png":image(i) for i in range(12)})
+    assert "if a is a class, name the folder above" in open_source(params(tmp_path/"train"/"a", copies="warn")).notes[1]
     put(tmp_path/"turned", tiles(8, ["a/train", "b/train"]))
     with pytest.raises(ValueError, match="the folder of a label is called 'train'"): open_source(params(tmp_path/"turned"))
 
@@ -556,7 +557,7 @@ def test_csv_own_split_tearing_a_group(tmp_path):
     with pytest.raises(ValueError, match="group 'p1' is in train and valid"): open_source(params(file, "csv"))
 
 @pytest.mark.parametrize("change, error, message", [
-    (lambda t: t.drop(columns="label"), ValueError, "column 'label' is missing"),
+    (lambda t: t.drop(columns="path"), ValueError, "column 'path' is missing"),
     (lambda t: t.assign(split=["train"]*9 + ["holdout"]), ValueError, "row 11 has split 'holdout'"),
     (lambda t: t.assign(split=["train"]*9 + [""]), ValueError, "row 11 has split ''"),
     (lambda t: t.assign(label=["a"]*4 + [" "] + ["b"]*5), ValueError, "row 6 has no label"),

@@ -170,7 +170,7 @@ def copy_notes(
     table
 )->list[str]:
     "Notes of pictures with two labels, and of such as are there twice within a split."
-    notes, double = [], [r for r in groups if len(set(table.label[r])) > 1]
+    notes, double = [], [r for r in groups if len(set(table.label[r]) - {""}) > 1]
     if double:
         a, b = double[0][0], next(r for r in double[0] if table.label[r] != table.label[double[0][0]])
         notes.append(f"warning: {len(double)} picture{'s have' if len(double) > 1 else ' has'} more than one label; the first is "

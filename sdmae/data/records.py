@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 class Record:
     "One tile: where it came from, what it shows, and how to read it."
     path:str                        # "archive.zip/inner/name.tif", or "file.h5#row"
-    label:str                       # name of the class
+    label:str                       # name of the class; "" where none is known
     split:str                       # "train", "valid", "test"; "" until one is drawn
     group:str                       # patient or slide; "" where unknown
     centre:str                      # hospital or archive; "" where unknown
@@ -48,7 +48,7 @@ class Source:
     "What an adapter found: records, and what a reader of the results should know about them."
     name:str                # shown in tables and figures
     records:list[Record]    # every tile
-    classes:list[str]       # of the task "label", which every source has
+    classes:list[str]       # of the task "label"; none where no tile has one
     synthetic:bool          # made by this project, so that every figure can say so
     notes:list[str]         # what was read, and warnings, which begin with "warning:"
     publisher:bool = False  # the split is the publisher's, so that a group on two sides is a warning, not an error

@@ -75,7 +75,8 @@ def steps_of(
     if kind == "epochs": return amount * per_epoch
     cost = dict(images=batch_size, flops=flops*batch_size).get(kind) or seconds()/60
     if amount < cost:
-        raise ValueError(f"pretrain.{kind} {amount:g} is less than one step, which takes {cost:.3g}: give more, or lower batch_size")
+        raise ValueError(f"pretrain.{kind} {amount:g} is less than one step, which takes {cost:.3g}: give more"
+                         + " (minutes_together are shared out)"*(kind == "minutes") + ", or lower batch_size")
     return int(amount / cost)
 
 # %% ../../nbs/pipeline/budget.ipynb #n016

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'WITH_PROSE', 'SHOWN', 'encoder_faults', 'train_tiles', 'in_runs', 'view_faults', 'task_faults',
            'data_faults', 'check_params', 'check', 'made_of_report', 'report_names', 'plans', 'difference',
-           'probe_faults', 'label_faults', 'read_plan', 'plan']
+           'probe_faults', 'unlabelled_faults', 'label_faults', 'read_plan', 'plan']
 
 # %% ../../nbs/pipeline/plan.ipynb #n002
 import json
@@ -13,8 +13,8 @@ from pathlib import Path
 from ..files import whole
 from ..params import (RECIPES, DataParams, Params, Section, TaskParams, ViewParams, differences, flat, load_params, project_root,
                               resolved, store_of)
-from ..methods.registry import BASELINES, PROBED_ONLY, method_params
-from .ingredients import NOTEBOOKS, made_of_encoder, made_of_task
+from ..methods.registry import BASELINES, PROBED_ONLY, method_class, method_params
+from .ingredients import NOTEBOOKS, answered, has_labels, made_of_encoder, made_of_task
 from .run import strip
 
 # %% ../../nbs/pipeline/plan.ipynb #n007
@@ -31,7 +31,7 @@ def encoder_faults(P:Params, name:str)->list[str]: # a line each
 def train_tiles(data:str)->int|None:
     "Tiles of the training split; None where the data is not prepared."
     manifest = project_root()/store_of(data)/"manifest.json"
-    return sum(json.loads(manifest.read_text()).get("counts", {}).get("train", {}).values()) if manifest.is_file() else None
+    return json.loads(manifest.read_text()).get("tiles", {}).get("train") if manifest.is_file() else None
 
 def in_runs(start:str|None)->bool:
     "Do weights lie where the pipeline writes its own?"
@@ -71,8 +71,10 @@ def task_faults(P:Params, study:str)->list[str]:
 # %% ../../nbs/pipeline/plan.ipynb #n009
 def data_faults(P:Params)->list[str]:
     "Archives that are not there."
-    return [f"data.{name}.path {d.path} does not exist: put the archives of {d.name!r} there (README, \"The real sets\"), "
-            "or fetch the sample with `dvc pull data.dvc`"
+    def way(d):
+        if d.adapter in ("folder", "csv"): return "name your images there, as seen from the project's folder, or absolute"
+        return f"put the archives of {d.name!r} there (README, \"The real sets\"), or fetch the sample with `dvc pull data.dvc`"
+    return [f"data.{name}.path {d.path} does not exist: {way(d)}"
             for name, d in P.data.items() if not (project_root()/d.path).exists()]
 
 def check_params(P:Params):
@@ -155,11 +157,19 @@ def probe_faults(
     return faults + [f"shift.centres: there is no centre {c}; the table has {', '.join(known) or 'none'}" for c in lost]
 
 # %% ../../nbs/pipeline/plan.ipynb #n005
+def unlabelled_faults(P:Params)->list[str]:
+    "Encoders that learn from labels, on data that has none."
+    def asks(s, e):
+        needs = getattr(method_class(P.encoders[e].method), "labelled", False)
+        return needs and not has_labels(P.encoders[e].data, P.encoders[e].section.get("target", "label"))
+    return [f"compare.{s}.encoders lists {e}, which learns from labels, and no tile of {P.encoders[e].data} has one: leave it out, as "
+            "experiment=which does" for s in P.reports for e in P.compare[s].encoders if asks(s, e)]
+
 def label_faults(P:Params)->list[str]:
-    "Recipes that ask for more labels than the prepared data has."
+    "Recipes that ask for more labels than the prepared data has; where it has none, encoders alone may not ask."
     from sdmae.data.store import TileStore # here, for torch comes with it
-    faults = []
-    for name in dict.fromkeys(t for s in P.reports for t in P.compare[s].tasks):
+    faults = unlabelled_faults(P)
+    for name in dict.fromkeys(t for s in P.reports for t in P.compare[s].tasks if answered(P, t)):
         task, recipes, folder = P.tasks[name], resolved("task", P.task, name), project_root()/store_of(P.tasks[name].data)
         asked = {f"{RECIPES[p]}.{recipes[p]}.labels": r.labels for p in P.protocols if (r := getattr(task, p)) and hasattr(r, "labels")}
         store = TileStore(folder) if asked and folder.exists() else None
@@ -184,6 +194,9 @@ def plan(
     P = load_params()
     check_params(P) # again, for now it is known how many tiles there are
     if faults := label_faults(P): raise ValueError("params.yaml asks for more than the prepared data has:\n  " + "\n  ".join(faults))
+    for t in dict.fromkeys(t for s in P.reports for t in P.compare[s].tasks if not answered(P, t)):
+        print(f"task {t}: no tile of {P.tasks[t].data} has a label, so no protocol applies ({', '.join(P.protocols)}); "
+              "the report says what can be known")
     folder, files = project_root()/out, plans(P)
     for name, made in files.items():
         path = folder/name

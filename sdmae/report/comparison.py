@@ -130,8 +130,8 @@ def label_of(store)->str:
 def compared_tasks(
     P:Params, study:str, stores:dict, names:Names
 )->dict[str,Compared]:
-    "The tasks of a comparison that ask for classes or labels. Titles name the task where there are several."
-    tasks = [t for t in P.compare[study].tasks if classifies(P, t)]
+    "The tasks of a comparison that ask for classes or labels, and have some. Titles name the task where there are several."
+    tasks = [t for t in P.compare[study].tasks if classifies(P, t) and P.tasks[t].target in stores[P.tasks[t].data].tasks]
     def title(t): return label_of(stores[P.tasks[t].data]) + f", {t}"*(len(tasks) > 1)
     return {t: Compared(f"evals/{study}", t, Task(stores[P.tasks[t].data], P.tasks[t].target), names, title(t), P.seeds, P.protocols)
             for t in tasks}

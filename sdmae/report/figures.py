@@ -443,20 +443,22 @@ def _scatter(ax, xy, names, title):
 # %% ../../nbs/report/figures.ipynb #n061
 def tsne(
     features,  # (n, D)
-    labels,    # (n,) class names
+    labels,    # (n,) class names; None where there are none
     centres,   # (n,) names, "" where unknown
     data:str,  # as from `data_label`
     encoder:str="", # its name, for the title
-    seed:int=0
+    seed:int=0,
+    by:str="centre" # what the centres are
 ): # figure
     "t-SNE of features by class and, where more than one is known, by centre; `ValueError` where lengths disagree."
-    labels, centres = np.asarray(labels, dtype=str), np.asarray(centres, dtype=str)
+    bare, centres = labels is None, np.asarray(centres, dtype=str)
+    labels = centres if bare else np.asarray(labels, dtype=str)
     if not len(features) == len(labels) == len(centres):
         raise ValueError(f"tsne: {len(features)} features, {len(labels)} labels, {len(centres)} centres")
-    xy, several = tsne_points(features, seed), len(set(centres)) > 1
+    xy, several = tsne_points(features, seed), not bare and len(set(centres)) > 1
     fig, axes = panels(1, 1 + several, 4.4, 4.4, f"t-SNE of {encoder} features: {data}".replace("  ", " "))
-    _scatter(axes[0,0], xy, labels, "by class")
-    if several: _scatter(axes[0,1], xy, np.where(centres == "", "unknown", centres), "by centre")
+    _scatter(axes[0,0], xy, np.where(labels == "", "unknown", labels), f"by {by}" if bare else "by class")
+    if several: _scatter(axes[0,1], xy, np.where(centres == "", "unknown", centres), f"by {by}")
     return fig
 
 # %% ../../nbs/report/figures.ipynb #n064

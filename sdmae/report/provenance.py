@@ -63,12 +63,13 @@ def provenance(
     groups=None         # (n,) patient or slide of each test tile
 )->dict[str, str]:
     "What made the numbers, as words by topic."
-    counts = {split: f"{sum(c.values()):,} tiles in {sum(v > 0 for v in c.values())} classes" for split, c in manifest["counts"].items()}
+    counts = {split: f"{sum(c.values()):,} tiles in {sum(v > 0 for v in c.values())} classes" if c else
+              f"{manifest['tiles'][split]:,} tiles without labels" for split, c in manifest["counts"].items()}
+    asked = {"classes": ", ".join(map(str, manifest["classes"])), "intervals": f"bootstrap over {bootstrap_units(groups)[1]}"}
     seeds = [str(s) for s in seeds]
     return {"data": data_label(manifest["name"], manifest["synthetic"]),
             "synthetic": "yes: made for trying the pipeline, says nothing about tissue" if manifest["synthetic"] else "no",
-            **counts, "tile": f"{manifest['image_size']} px", "classes": ", ".join(map(str, manifest["classes"])),
-            "intervals": f"bootstrap over {bootstrap_units(groups)[1]}",
+            **counts, "tile": f"{manifest['image_size']} px", **(asked if manifest["classes"] else {}),
             **{k: str(v) for k, v in budget.items()}, "seeds": f"{len(seeds)} ({', '.join(seeds)})", **circumstances}
 
 # %% ../../nbs/report/provenance.ipynb #n012
