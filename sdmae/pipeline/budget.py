@@ -6,7 +6,7 @@
 __all__ = ['count_flops', 'step_seconds', 'now', 'agreed', 'steps_of', 'remembered', 'costs']
 
 # %% ../../nbs/pipeline/budget.ipynb #n002
-import copy, json, math, time
+import copy, json, time
 from pathlib import Path
 import torch, torch.distributed as dist
 from torch import nn

@@ -7,11 +7,11 @@ __all__ = ['START', 'PER_TOKEN', 'STARTED', 'SHARE', 'seconds', 'images_of', 'ev
            'run_job', 'cores', 'side_by_side', 'repro', 'last_words']
 
 # %% ../../nbs/pipeline/schedule.ipynb #n002
-import json, os, re, subprocess, sys, threading
+import os, re, subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tqdm import tqdm
-from ..params import Params, PretrainParams, load_params, project_root, store_of
+from ..params import Params, PretrainParams, load_params, project_root
 from ..methods.registry import PROBED_ONLY
 from .plan import report_names, train_tiles
 
