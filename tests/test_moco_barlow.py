@@ -1,4 +1,6 @@
 """MoCo and Barlow Twins against lightly, by hand, and what they refuse."""
+import re
+
 import pytest, torch
 from lightly.loss import BarlowTwinsLoss, NTXentLoss
 from torch.nn import functional as F
@@ -146,6 +148,23 @@ def test_the_size_that_is_proposed_fits():
     for queue in (3, 8, 9, 1000):
         line = MoCoParams(optim=OPTIM, queue=queue).budget_faults(budget(96), None)[0]
         assert MoCoParams(optim=OPTIM, queue=int(line.rsplit(" ", 1)[1])).budget_faults(budget(96), None) == []
+
+
+@pytest.mark.parametrize("queue, tiles, said", [
+    (1920, 1919, "queue 1920: more than the 1919 tiles of the training split.*their own negatives; use 1824$"), (192, 191, "use version v3, or lower pretrain.batch_size$")])
+def test_a_queue_is_no_longer_than_the_training_split(queue, tiles, said):
+    "Else it holds older keys of the query's own tile: false negatives."
+    def lines(tiles, **more): return MoCoParams(optim=OPTIM, queue=queue, **more).budget_faults(budget(96), tiles)
+    line, = lines(tiles)
+    assert re.search(said, line) and lines(None) == lines(queue) == lines(tiles, version="v3") == []
+    assert MoCoParams(optim=OPTIM, queue=1824).budget_faults(budget(96), 1919) == []
+
+
+def test_what_is_proposed_fits_the_tiles_too():
+    "A queue that is neither a multiple nor short enough is told both, and one number mends both."
+    found = MoCoParams(optim=OPTIM, queue=1000).budget_faults(budget(96), 500)
+    assert [o.rsplit("; ", 1)[1] for o in found] == ["use 480"]*2 and "500 tiles" in found[0] and "pretrain.batch_size 96" in found[1]
+    assert MoCoParams(optim=OPTIM, queue=480).budget_faults(budget(96), 500) == []
 
 
 def test_v3_needs_no_queue_and_small_batches_are_refused():

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np, pytest, torch
 from sklearn.utils.class_weight import compute_class_weight
+from torch.nn import functional as F
 
 import sdmae.evaluate.finetune as finetune
 from sdmae.evaluate.finetune import Classifier, balance, fit_classifier, predict
@@ -25,7 +26,12 @@ class Tiles:
 
 
 PARAMS = parse_params(compose(["only=tissue", "data.tissue.image_size=32", "model.embed_dim=24", "model.depth=2", "model.num_heads=2",
-                               "+encoder.miram={of: mae, method: miram}"])) # MIRAM by its defaults
+                               "+encoder.miram={of: mae, method: miram}", # MIRAM by its defaults
+                               *(f"++encoder.{name}={{data: tissue, pretrain: tissue, method: {name}, optim: {{name: {optim}, base_lr: 0.5, clip_norm: 3.0}}, {rest}}}" for name, optim, rest in (
+                                   ("moco", "sgd", "head: {hidden_dim: 16, out_dim: 8}, queue: 16, momentum: 0.9"),
+                                   ("swav", "lars", "head: {hidden_dim: 16, out_dim: 8}, prototypes: 6, queue: 16, queue_start: 0.2, freeze_prototypes: 0.3, local_crops: 1, local_size: 16"),
+                                   ("barlow", "adam", "head: {hidden_dim: 16, out_dim: 8}, model: {arch: test_resnet}"),
+                                   ("dino", "adamw", "head: {hidden_dim: 16, bottleneck_dim: 8, out_dim: 12}, freeze_last_layer: 0.3, local_crops: 1, local_size: 16")))]))
 
 
 class Stop(Callback):
@@ -49,9 +55,9 @@ def run(name, callbacks=(), epochs=4, **kwargs):
 
 
 @pytest.mark.parametrize("stop", [1, 3])
-@pytest.mark.parametrize("name", ["mae", "sdmae", "miram", "follower"])
+@pytest.mark.parametrize("name", ["mae", "sdmae", "miram", "follower", "moco", "swav", "barlow", "dino"])
 def test_a_resumed_run_is_the_uninterrupted_one(name, stop, tmp_path):
-    "Views, masks, moments, centre, queue, teacher copy and the layer that is frozen in the first epoch: equal weights to the last bit."
+    "Views, masks, moments, centre, queue, teacher copy, running statistics and the layer that is frozen in the first epoch: equal weights to the last bit."
     whole, history = run(name)
     with pytest.raises(KeyboardInterrupt): run(name, (Stop(stop),), checkpoint=tmp_path/"c.pt", checkpoint_minutes=0)
     resumed, again = run(name, checkpoint=tmp_path/"c.pt")
@@ -100,6 +106,69 @@ def test_hooks_are_told_how_far_the_run_is():
         def after_step(self, progress): super().after_step(progress); told["after_step"].append(progress)
     Trainer(Told(), Batches(Tiles(), np.arange(24), 8), Follower.optim, 2, torch.device("cpu"), accumulate=2).fit()
     assert told == dict(before_step=[i/6 for i in range(6)], after_step=[i/6 for i in range(1, 7)])
+
+
+class Late(torch.nn.Module):
+    "Two layers in float64; the second learns from the third of six steps on. It may break off before a step."
+    frozen_for, stop = 2/6, None
+    def __init__(self):
+        super().__init__(); torch.manual_seed(0)
+        self.first, self.last = torch.nn.Linear(48, 5).double(), torch.nn.Linear(5, 3).double()
+    def forward(self, images): return dict(loss=(self.last(self.first(F.avg_pool2d(images.double(), 8).flatten(1)/255).tanh()) - 1).square().sum(1).mean())
+    def before_forward(self, progress):
+        if self.stop is not None and progress >= self.stop: raise KeyboardInterrupt
+    def before_step(self, progress):
+        if progress < self.frozen_for:
+            for p in self.last.parameters(): p.grad = None
+
+
+def late(optim, stop=None, **kwargs):
+    "Its six steps."
+    model = Late(); model.stop = stop
+    Trainer(model, Batches(Tiles(), np.arange(24), 8), optim, 2, torch.device("cpu"), **kwargs).fit()
+    return model.state_dict()
+
+
+def updated(o, lr, w, g, memory):
+    "One weight after one step by the formulas of Adam, AdamW, SGD and LARS; `memory` is of this weight alone, and counts its own steps."
+    decay = o.weight_decay*(w.ndim > 1)
+    if o.name in ("adam", "adamw"):
+        if o.name == "adam": g = g + decay*w
+        else: w = w*(1 - lr*decay)
+        t, m, v = memory.get("t", 0) + 1, o.betas[0]*memory.get("m", 0) + (1 - o.betas[0])*g, o.betas[1]*memory.get("v", 0) + (1 - o.betas[1])*g*g
+        memory.update(t=t, m=m, v=v)
+        return w - lr*(m/(1 - o.betas[0]**t))/(np.sqrt(v/(1 - o.betas[1]**t)) + 1e-8)
+    ratio = .001*np.linalg.norm(w)/(np.linalg.norm(g) + decay*np.linalg.norm(w) + 1e-8) if o.name == "lars" and w.ndim > 1 else 1.
+    g = (g + decay*w)*ratio
+    memory["buffer"] = o.momentum*memory["buffer"] + g if "buffer" in memory else g
+    return w - lr*(g + o.momentum*memory["buffer"] if o.nesterov else memory["buffer"])
+
+
+def late_by_hand(o):
+    "The same six steps; only gradients are torch's."
+    model, batches, memory = Late(), Batches(Tiles(), np.arange(24), 8), {}
+    for step in range(6):
+        model.zero_grad(); model(*batches.batch(*divmod(step, 3)))["loss"].backward()
+        g = {k: p.grad.numpy() for k, p in model.named_parameters() if step >= 2 or not k.startswith("last")}
+        norm = np.sqrt(sum((v*v).sum() for v in g.values()))
+        if o.clip_norm: g = {k: v*min(1, o.clip_norm/(norm + 1e-6)) for k, v in g.items()}
+        for k, v in g.items():
+            p = model.get_parameter(k)
+            p.data = torch.from_numpy(updated(o, lr_at(step, 6, o.lr(8), o), p.detach().numpy(), v, memory.setdefault(k, {})))
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("clip_norm", [None, .5])
+@pytest.mark.parametrize("name, more", [("adamw", {}), ("adam", {}), ("sgd", {}), ("sgd", dict(nesterov=True)), ("lars", {})])
+def test_every_optimiser_takes_a_layer_that_begins_late(name, more, clip_norm, tmp_path):
+    "Its moments and its count begin with its own first step, and what is clipped is the gradient that there is; on from a checkpoint of the frozen time it is the same to the last bit."
+    o = OptimParams(name=name, base_lr=200. if name == "lars" else 1., weight_decay=.1, warmup=.2, clip_norm=clip_norm, **more)
+    whole, fresh = late(o), Late().state_dict()
+    for k, v in late_by_hand(o).items(): assert torch.allclose(v, whole[k], rtol=0, atol=1e-9) and not torch.allclose(v, fresh[k], atol=1e-4), k
+    for stop in (1, 3):
+        with pytest.raises(KeyboardInterrupt): late(o, stop/6, checkpoint=tmp_path/f"{stop}.pt", checkpoint_minutes=0)
+        resumed = late(o, checkpoint=tmp_path/f"{stop}.pt")
+        assert all(torch.equal(v, resumed[k]) for k, v in whole.items())
 
 
 MADE = dict(code={"sdmae/methods/sdmae.py": "0a1b", "sdmae/train/engine.py": "77"}, torch="2.11", params=dict(seed=0, scale=(.2, 1.)))

@@ -58,10 +58,13 @@ def budget_faults(self:MoCoParams,
     tiles:int|None # of the training split; None where it is not prepared yet
 )->list[str]:      # a line each
     "What a budget lacks for this method."
-    lines, n = super(MoCoParams, self).budget_faults(budget, tiles), budget.batch_size
-    if self.version == "v3" or self.queue > n and self.queue % n == 0: return lines
-    return lines + [f"queue {self.queue}: with pretrain.batch_size {n} it must be a multiple of it, and larger; use "
-                    f"{max(2, round(self.queue/n))*n}"]
+    lines, n, q = super(MoCoParams, self).budget_faults(budget, tiles), budget.batch_size, self.queue
+    if self.version == "v3": return lines
+    most = math.inf if tiles is None else tiles//n # batches
+    use = f"use {min(most, max(2, round(q/n)))*n}" if most > 1 else "use version v3, or lower pretrain.batch_size"
+    if tiles is not None and q > tiles:
+        lines.append(f"queue {q}: more than the {tiles} tiles of the training split, so tiles would be their own negatives; {use}")
+    return lines + [f"queue {q}: with pretrain.batch_size {n} it must be a multiple of it, and larger; {use}"]*(q <= n or q % n > 0)
 
 # %% ../../nbs/methods/moco.ipynb #n014
 class MoCo(JointMethod):

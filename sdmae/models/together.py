@@ -25,7 +25,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format) # what arrives may go to others as well
         dist.all_reduce(grad)
         return grad.narrow(0, *ctx.place)
 
