@@ -9,9 +9,10 @@ from sdmae.pipeline.code import read_notebook, source, write_notebook
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg",
        "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b.c", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b.c"}
 TINY = """data.tissue.limit=90 data.tissue.image_size=32 data.lesions.limit=150 model.embed_dim=24 model.depth=2 model.num_heads=2
-compare.tissue.encoders=[random,histogram,natural,supervised,mae,sdmae,sdmae_detach] +encoder.sdmae_detach={of:sdmae,detach_teacher:true} encoder.natural.image_size=32
+compare.tissue.encoders=[random,histogram,natural,supervised,mae,sdmae,sdmae_detach,barlow] +encoder.sdmae_detach={of:sdmae,detach_teacher:true} encoder.natural.image_size=32
 compare.lesions.encoders=[lesion_random,lesion_histogram,lesion_mae,lesion_miram] compare.lesions.tasks=[margins]
 pretrain.tissue.epochs=1 pretrain.tissue.batch_size=32 pretrain.tissue.watch_every=1 pretrain.supervised.epochs=1 pretrain.lesions.epochs=1
+probe.few.few_shot.shots=[1,2] probe.few.few_shot.episodes=20 probe.few.shift.hed=[0.0,0.05] probe.few.shift.draws=1 encoder.barlow.head.out_dim=32 encoder.barlow.head.hidden_dim=32
 probe.few.labels=[30,all] probe.few.neighbours=[1,5] probe.few.C=[0.01,1.0] probe.few.subsets=2
 finetune.few.labels=[30,all] finetune.few.epochs=1 finetune.few.min_steps=2 finetune.few.batch_size=32 ++finetune.lesions.epochs=2
 report.bootstrap=20 report.tsne_tiles=60 device=cpu precision=float32""".split()
