@@ -459,7 +459,7 @@ def test_the_next_step_composes():
     "What it tells to run is a set of parameters that can be had."
     from sdmae.params import Params, compose
     import re, shlex
-    facts = dict(study="tissue", synthetic=False, seeds=3, notes=False, stands=["ahead"], adapter="nct", recipe="tissue", epochs=40)
+    facts = dict(study="tissue", synthetic=False, seeds=3, notes=False, stands=["ahead"], adapter="nct", recipe="tissue", held="epochs", amount=40)
     for change in (dict(notes=True), dict(synthetic=True), dict(synthetic=True, study="lesions", adapter="cbis"), dict(seeds=1), dict(stands=["level"]), dict(stands=[vd.NOT, "ahead"]), {}):
         command = re.search(r"`([^`]+)`", vd.next_step(**(facts | change)))[1]
         options = [o for o in shlex.split(command)[3:] if o not in ("-S", "…")]

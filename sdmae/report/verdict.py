@@ -187,10 +187,10 @@ def warnings_about(
     return said + [f"{note}: {'; '.join(who)}" for note, who in by.items()]
 
 # %% ../../nbs/report/verdict.ipynb #n021
-def recipe_of(P:Params, names:Names)->tuple[str,int]: # section of `pretrain`, epochs; "" and 0 where no method is trained
+def recipe_of(P:Params, names:Names)->tuple[str,str,float]: # section of `pretrain`, what it holds, how much; "", "" and 0: untrained
     "How the first of the methods is pre-trained."
     e = next((e for e in names.methods if P.encoders[e].pretrain), None)
-    return (resolved("encoder", P.encoder, e)["pretrain"], P.encoders[e].pretrain.epochs) if e else ("", 0)
+    return (resolved("encoder", P.encoder, e)["pretrain"], *P.encoders[e].pretrain.held) if e else ("", "", 0)
 
 # %% ../../nbs/report/verdict.ipynb #p031
 def next_step(
@@ -199,10 +199,10 @@ def next_step(
     notes:bool,      # did a training note a fault?
     stands,          # words of `standing`, of the leading methods against their references
     adapter:str,     # of the data
-    recipe:str, epochs:int # of pre-training: its section, and its length; "" and 0 where nothing is trained
+    recipe:str, held:str, amount:float # as from `recipe_of`
 )->str:              # Markdown
     "What to run next, and why."
-    longer = f"dvc exp run … -S pretrain.{recipe}.epochs={2*epochs}"
+    longer = f"dvc exp run … -S pretrain.{recipe}.{held}={2*amount:g}"
     own = f"dvc exp run -S only={study} -S " + ("lesions=cbis" if adapter == "cbis" else "data=folder -S data.tissue.path=MY_TILES")
     more = f"dvc exp run … -S 'seeds=[{','.join(map(str, range(3 if seeds < 3 else 2*seeds)))}]'"
     floors = {NOT, "behind", "lower"}
