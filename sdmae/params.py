@@ -6,12 +6,12 @@
 __all__ = ['Text', 'Strengths', 'HELD', 'Readout', 'Labels', 'RECIPES', 'NAMED', 'project_root', 'Section', 'as_text',
            'CBISParams', 'MasksParams', 'DataParams', 'ModelParams', 'StainParams', 'strengths', 'ColourParams',
            'ViewParams', 'OptimParams', 'EncoderForm', 'merged', 'flat', 'differences', 'meant', 'resolved',
-           'SearchParams', 'PretrainParams', 'FewShotParams', 'ShiftParams', 'ProbeParams', 'FinetuneParams',
-           'SegmentParams', 'ReportParams', 'TaskParams', 'EncoderParams', 'CompareParams', 'Params', 'typed',
-           'with_views', 'with_stain', 'task_of', 'model_of', 'held_in', 'budget_of', 'encoder_of', 'faults_of',
-           'faults_of_names', 'lists_of', 'faults_of_comparison', 'store_of', 'stain_of', 'run_of', 'eval_of',
-           'in_quotes', 'readable', 'composed', 'first_fault', 'groups_of', 'why_not', 'compose', 'field_names',
-           'explain', 'parse_params', 'PlainLoader', 'read_yaml', 'load_params', 'edited', 'main']
+           'SearchParams', 'BudgetParams', 'PretrainParams', 'FewShotParams', 'ShiftParams', 'ProbeParams',
+           'FinetuneParams', 'SegmentParams', 'ReportParams', 'TaskParams', 'EncoderParams', 'CompareParams', 'Params',
+           'typed', 'with_views', 'with_stain', 'task_of', 'model_of', 'held_in', 'budget_of', 'encoder_of',
+           'faults_of', 'faults_of_names', 'lists_of', 'faults_of_comparison', 'store_of', 'stain_of', 'run_of',
+           'eval_of', 'in_quotes', 'readable', 'composed', 'first_fault', 'groups_of', 'why_not', 'compose',
+           'field_names', 'explain', 'parse_params', 'PlainLoader', 'read_yaml', 'load_params', 'edited', 'main']
 
 # %% ../nbs/params.ipynb #c002
 import re, sys
@@ -306,21 +306,13 @@ class SearchParams(Section):
     share:float = Field(0.2, gt=0, lt=1)        # of the steps: how long a trial is
 
 # %% ../nbs/params.ipynb #c035
-class PretrainParams(Section):
+class BudgetParams(Section):
     "Budget of pre-training, the same for every method. What is held equal is one of the first four, or else operations."
     epochs:int|None = Field(None, ge=1)                 # passes over the training tiles
     images:int|None = Field(None, ge=1)                 # that are seen in all
     minutes:float|None = Field(None, gt=0)              # of training, on this machine as it is then
     minutes_together:float|None = Field(None, gt=0)     # the same, shared out to all trainings of the reports with this budget
     flops:float|None = Field(None, gt=0)                # floating-point operations of the network, forward and backward
-    search:SearchParams|None = None                     # trials of the learning rate before
-    batch_size:int = Field(ge=2)                        # images between two optimiser steps
-    accumulate:int = Field(1, ge=1)                     # equal parts a batch is split into
-    watch_every:int = Field(ge=1)                       # epochs between kNN, RankMe and reconstructions
-    checkpoint_minutes:float = Field(2., ge=0)          # at least so long between two checkpoints
-    shards:str|None = Field(None, min_length=1)         # folder of tars with index.json: images come from there, not the training split
-    num_processes:Annotated[int, Field(ge=1)]|Literal["auto"] = 1 # that share each batch; "auto": one for each GPU
-    compile:bool = False                                                 # the transformer's blocks, by torch.compile
 
     @model_validator(mode="after")
     def _held(self):
@@ -333,6 +325,18 @@ class PretrainParams(Section):
     def held(self)->tuple[str,float]: # which, and how much
         "What is held equal."
         return next(((k, v) for k in HELD if (v := getattr(self, k)) is not None), ("flops", self.flops))
+
+# %% ../nbs/params.ipynb #n029
+class PretrainParams(BudgetParams):
+    "How a method is pre-trained."
+    search:SearchParams|None = None                     # trials of the learning rate before
+    batch_size:int = Field(ge=2)                        # images between two optimiser steps
+    accumulate:int = Field(1, ge=1)                     # equal parts a batch is split into
+    watch_every:int = Field(ge=1)                       # epochs between kNN, RankMe and reconstructions
+    checkpoint_minutes:float = Field(2., ge=0)          # at least so long between two checkpoints
+    shards:str|None = Field(None, min_length=1)         # folder of tars with index.json: images come from there, not the training split
+    num_processes:Annotated[int, Field(ge=1)]|Literal["auto"] = 1 # that share each batch; "auto": one for each GPU
+    compile:bool = False                                                 # the transformer's blocks, by torch.compile
 
     @model_validator(mode="after")
     def _parts(self):

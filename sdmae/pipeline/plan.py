@@ -113,7 +113,8 @@ def report_names(P:Params, study:str)->dict[str,dict]: # encoder → name, color
     for name in listed:
         e, own = P.encoders[name], P.encoder[name]
         variant = e.of in listed and "name" not in own and P.encoders[e.of].method == e.method
-        changes = {k: v for k, v in flat({k: v for k, v in own.items() if k not in SHOWN}).items() if not k.endswith(".of")} if variant else {}
+        leaves = flat({k: v for k, v in own.items() if k not in SHOWN}).items() if variant else ()
+        changes = {k: v for k, v in leaves if not k.endswith(".of")}
         base = flat(P.encoders[e.of].section | dict(model=P.encoders[e.of].model.model_dump())) if variant else {}
         out[name] = dict(name=None if variant else e.name or name, color=e.color if not variant else own.get("color"),
                          marker=e.marker if not variant else own.get("marker"),
