@@ -347,7 +347,7 @@ def test_a_zip_a_limit_and_a_seed(tissues, tmp_path):
     folder = save(tmp_path/"images", tissues)
     with zipfile.ZipFile(tmp_path/"images.zip", "w") as z:
         for p in sorted(folder.iterdir()): z.write(p, p.name)
-    a, b, c, d = (json.loads(fit(place, tmp_path/"out.json", ["hsv"], seed=seed, tiles=tiles).read_text())
+    a, b, c, d = (json.loads(fit(place, tmp_path/"out.json", ["hsv"], replace=True, seed=seed, tiles=tiles).read_text())
                   for place, seed, tiles in ((folder, 0, 55), (tmp_path/"images.zip", 0, 55), (folder, 1, 55), (folder, 0, 5000)))
     assert a["spaces"] == b["spaces"] != c["spaces"] and (a["source"]["looked_at"], d["source"]["looked_at"]) == (55, 64)
     mean = np.mean([own(torch.from_numpy(t).permute(2, 0, 1)[None]/255, "hsv")[0][0].numpy() for t in tissues], 0)
@@ -472,3 +472,11 @@ def test_real_tissue(name, tiles, tmp_path):
     corr = lambda p: np.corrcoef(p.T)
     off = {k: np.abs(corr(law_of(law["lab"], k)(torch.rand(4000), torch.randn(4000, 6)).numpy()) - corr(real)).max() for k in ("gaussian", "mixture")}
     assert off["mixture"] < .2 < .4 < off["gaussian"]
+
+
+def test_an_earlier_file_stays(tissues, tmp_path, capsys):
+    folder = save(tmp_path/"images", tissues)
+    out = fit(folder, tmp_path/"a.json", ["lab"])
+    before = out.read_bytes()
+    assert main(["fit", str(folder), "--out", str(out), "--seed", "1"]) == 2 and "a.json exists: give another name (--out), or say --replace" in capsys.readouterr().err
+    assert out.read_bytes() == before and main(["fit", str(folder), "--out", str(out), "--space", "hsv", "--replace"]) == 0 and out.read_bytes() != before

@@ -300,11 +300,14 @@ def fit(
     spaces=("lab", "hsv", "hed"),
     components:int=10,         # of the mixture, at most
     tiles:int=5000,            # at most
-    seed:int=0
+    seed:int=0,
+    replace:bool=False         # an earlier file
 )->Path:                       # what was written
-    "Fit both laws to the stain of tiles. Raises as `tiles_of`, and `ValueError` where too few tiles have tissue."
+    "Fit both laws to the stain of tiles. Raises as `tiles_of`, `ValueError` where too few tiles have tissue, `FileExistsError`."
     import sklearn
     place, spaces = Path(place), list(dict.fromkeys(spaces))
+    path = Path(out) if out else project_root()/"stains"/f"{place.stem}.json"
+    if path.exists() and not replace: raise FileExistsError(f"{path} exists: give another name (--out), or say --replace")
     if min(components, tiles) < 1: raise ValueError(f"components {components} and tiles {tiles} must be 1 or more")
     found, batches = tiles_of(place, tiles, seed)
     samples, counts = gather(batches, spaces)
@@ -312,7 +315,6 @@ def fit(
         raise ValueError(f"{place}: {counts['used']} tiles have a stain, {FEWEST} are needed (looked at {counts['looked_at']}; skipped: "
                          f"{counts['skipped']}). Give more tiles.")
     laws = {s: fit_law(samples[s], components, seed) for s in spaces}
-    path = Path(out) if out else project_root()/"stains"/f"{place.stem}.json"
     write_json(path, dict(format=FORMAT, sdmae=__version__, sklearn=sklearn.__version__, source=found | counts | dict(seed=seed),
                           rule=dict(glass=GLASS, black=BLACK, grey=GREY, share=SHARE), components=components,
                           numbers="3 means, 3 natural logarithms of deviations", spaces=laws))
@@ -331,6 +333,7 @@ def main(
     p.add_argument("--components", type=int, default=10, help="of the mixture, fewer where tiles are few (default: 10)")
     p.add_argument("--tiles", type=int, default=5000, help="at most, drawn at random (default: 5000)")
     p.add_argument("--seed", type=int, default=0, help="of that draw and of the fit (default: 0)")
+    p.add_argument("--replace", action="store_true", help="write over an earlier file; `dvc repro --force plan` then tells the pipeline")
     a = vars(parser.parse_args(argv))
     a.pop("command")
     try: path = fit(**a)
