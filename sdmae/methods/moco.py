@@ -138,5 +138,5 @@ def warnings(self:MoCo,
     "What is wrong with a run, a sentence each."
     found = collapse_warning(row)
     if row.get("loss", 0.) < 0.98*row.get("loss_at_chance", math.inf): return found
-    return found + [f"the contrast is not learned: in epoch {row['epoch']} the loss is {row['loss']:.3f}, and {row['loss_at_chance']:.3f} by "
-                    "chance (loss_at_chance). Give it more steps or another base_lr, or milder views"]
+    return found + [f"the contrast is not learned: in epoch {row['epoch']} the loss is {row['loss']:.3f}, and {row['loss_at_chance']:.3f} "
+                    "by chance (loss_at_chance). Give it more steps or another base_lr, or milder views"]

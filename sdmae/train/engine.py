@@ -96,7 +96,8 @@ def make_optimizer(
     "The optimiser that `optim.name` asks for."
     adam = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam).get(optim.name)
     if adam: return adam(groups, lr=lr, betas=optim.betas, fused=True)
-    if optim.name == "sgd": return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, nesterov=optim.nesterov, foreach=True) # fused fails where a weight begins late
+    if optim.name == "sgd": # foreach: the fused one fails where a weight begins to learn later than others
+        return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, nesterov=optim.nesterov, foreach=True)
     parts = [{**g, "params": [p for p in g["params"] if (p.ndim > 1) == matrices], "always_adapt": matrices}
              for g in groups for matrices in (True, False)]
     for g in parts: g["weight_decay"] = g.get("weight_decay", 0.) if g["always_adapt"] else 0.
@@ -136,8 +137,7 @@ class Trainer:
         self.step, self.history, self.sums, self.learned, self.arriving, self.under = 0, [], {}, False, None, None
         self.trouble = torch.full((3,), -1., device=device)
         self.rank, self.world = rank_and_world()
-        # static: parameters without a gradient in the first step never get one (SD-MAE's detached teacher)
-        # buffers move alike in all processes, so none has to be sent
+        # static: a parameter without a gradient in the first step never gets one (detached teacher); buffers move alike everywhere
         self.network = DistributedDataParallel(model, static_graph=True, broadcast_buffers=False) if self.world > 1 else model
 
 # %% ../../nbs/train/engine.ipynb #n005
