@@ -193,6 +193,8 @@ class OptimParams(Section):
     betas:tuple[float,float] = (0.9, 0.95)          # of AdamW and Adam
     momentum:float = Field(0.9, ge=0, lt=1)         # of SGD and LARS
     nesterov:bool = False                           # of SGD
+    adapt:Literal["matrices","all"] = "matrices"    # of LARS: what takes steps by ‖w‖/‖g‖; SwAV's LARC: all
+    vector_scale:float = Field(1., gt=0)            # of LARS: rate of biases and norms over that of matrices
     weight_decay:float = Field(0.05, ge=0)          # not on biases, norms and positions
     weight_decay_end:float|None = Field(None, ge=0) # which it rises or falls to, by half a cosine; None: it stays
     clip_norm:float|None = Field(None, gt=0)        # longest gradient; a longer one is scaled down
@@ -566,21 +568,24 @@ def model_of(
     return changes if other else base.model_dump() | changes
 
 # %% ../nbs/params.ipynb #n027
-def held_in(table:dict, name:str)->dict: # what may be held → value or None
-    "What a budget holds: what its own section names, or else the section that it differs from."
-    while name:
+def held_in(table:dict, name:str)->tuple[str,dict]: # the section; what may be held → value or None
+    "Where a budget says what it holds, and what: its own section, or else that from which it differs."
+    while name and name in table:
         own = {k: table[name].get(k) for k in (*HELD, "flops")}
-        if any(v is not None for v in own.values()): return own
+        if any(v is not None for v in own.values()): return name, own
         name = table[name].get("of")
-    return {}
+    return "", {}
 
 # %% ../nbs/params.ipynb #d004
 def budget_of(P:Params, name:str)->PretrainParams:
     "A budget; minutes that are shared come as the minutes of one training, its trials included."
-    b = typed(PretrainParams, resolved("pretrain", P.pretrain, name) | held_in(P.pretrain, name), f"pretrain.{name}")
+    values = resolved("pretrain", P.pretrain, name) # says so where there is none of that name
+    source, held = held_in(P.pretrain, name)
+    b = typed(PretrainParams, values | held, f"pretrain.{name}")
     if b.minutes_together is None: return b
     listed = {e for s in P.reports if s in P.compare for e in P.compare[s].encoders if e in P.encoder}
-    n = sum(resolved("encoder", P.encoder, e).get("pretrain") == name for e in listed) * len(P.seeds)
+    asked = [resolved("encoder", P.encoder, e).get("pretrain") for e in listed]
+    n = sum(held_in(P.pretrain, o)[0] == source for o in asked if o) * len(P.seeds) # all that share these minutes
     trials = 1 + len(b.search.factors)*b.search.share if b.search else 1
     return b.model_copy(update=dict(minutes=b.minutes_together/max(1, n)/trials, minutes_together=None))
 

@@ -7,7 +7,7 @@ import numpy as np, pytest, torch, yaml
 from sdmae.data.records import Record, Source
 from sdmae.data.store import TileStore, prepare
 from sdmae.methods.registry import method_of, method_params
-from sdmae.params import OptimParams, compose, parse_params
+from sdmae.params import OptimParams, compose, parse_params, resolved
 from sdmae.pipeline import pretrain as stage
 from sdmae.pipeline.budget import count_flops, step_seconds
 from sdmae.pipeline.plan import encoder_faults
@@ -101,13 +101,15 @@ def test_budgets_that_cannot_be(tmp_path, tiles, held, said):
     with pytest.raises(ValueError, match=said): run(tmp_path, tiles, **held)
 
 
-def test_minutes_together_are_shared_out():
-    values = compose(SMALL)
-    values["pretrain"]["tissue"] |= dict(minutes_together=60, epochs=None)
-    assert parse_params(values).encoders["mae"].pretrain.held == ("minutes", 60/sum("pretrain" in e and e["pretrain"] == "tissue" for e in
-                                                                                  (values["encoder"][k] for k in values["compare"]["tissue"]["encoders"])))
-    values["seeds"] = [0, 1]; values["compare"]["tissue"]["encoders"] = ["random", "mae", "sdmae"]
-    assert parse_params(values).encoders["mae"].pretrain.minutes == 15
+def test_minutes_together_are_shared_out_equally_and_add_up():
+    "Whatever the budget's own section is called: methods of another batch size draw on the same minutes."
+    values = compose(["experiment=which"])
+    P = parse_params(values)
+    trained = [e for e in P.compare["tissue"].encoders if P.encoders[e].pretrain]
+    minutes = [P.encoders[e].pretrain.minutes for e in trained]
+    assert len(trained) == 6 and {resolved("encoder", P.encoder, e)["pretrain"] for e in trained} == {"tissue", "pairs"} and minutes == [10]*6
+    values["seeds"] = [0, 1]; values["compare"]["tissue"]["encoders"] = ["random", "mae", "barlow"]
+    assert parse_params(values).encoders["barlow"].pretrain.held == ("minutes", 15)
     values["pretrain"]["tissue"]["search"] = dict(factors=[1, 2], share=0.25)
     assert parse_params(values).encoders["mae"].pretrain.minutes == 10
 

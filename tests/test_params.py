@@ -187,7 +187,7 @@ def test_every_group_composes(group):
         fine([f"{group}={file.stem}", *fits.get(file.stem, [])])
 
 
-RARE = {"schedule", "milestones", "nesterov", "weight_decay_end", "clip_norm"} # that the file leaves at their defaults
+RARE = {"schedule", "milestones", "nesterov", "adapt", "vector_scale", "weight_decay_end", "clip_norm"} # that the file leaves at their defaults
 
 
 def test_what_is_complete_can_be_set_without_a_plus_sign():

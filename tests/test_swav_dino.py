@@ -316,8 +316,9 @@ def test_a_step_teaches(make):
 
 @pytest.mark.parametrize("name", ["swav", "swav_small", "dino", "dino_small"])
 def test_recipes_can_be_read(name):
-    P = parse_params(compose([f"+encoder@encoder.{name}={name}"]))
+    P = parse_params(compose([f"encoder@encoder.{name.removesuffix('_small')}={name}"]))
     from sdmae.methods.registry import method_params
-    p = method_params(P, name)
+    key = name.removesuffix("_small")
+    p = method_params(P, key)
     if not name.endswith("small"): return
-    assert p.faults(P.encoders[name].model, 64, 64) == [] and p.budget_faults(PretrainParams(epochs=1, batch_size=64, watch_every=1), 1000) == []
+    assert p.faults(P.encoders[key].model, 64, 64) == [] and p.budget_faults(PretrainParams(epochs=1, batch_size=64, watch_every=1), 1000) == []

@@ -7,7 +7,7 @@ __all__ = ['NOISY', 'REDUNDANT', 'cross_correlation', 'barlow_loss', 'ProjectorP
 
 # %% ../../nbs/methods/barlow.ipynb #n002
 import torch
-from torch import nn, Tensor
+from torch import Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
 from pydantic import Field
@@ -15,7 +15,7 @@ from ..params import ModelParams, PretrainParams, Section, ViewParams
 from ..models.heads import mlp
 from ..models.together import gather
 from .masked import to_float32
-from .joint import JointMethod, JointParams, by_size, collapse_warning, embedding_std, feature_of
+from .joint import JointMethod, JointParams, collapse_warning, embedding_std, feature_of
 
 # %% ../../nbs/methods/barlow.ipynb #n005
 def cross_correlation(

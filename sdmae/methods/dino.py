@@ -9,7 +9,6 @@ __all__ = ['SAME', 'teacher_probs', 'answer_statistics', 'DINOParams', 'Branch',
 import math
 import torch
 from torch import nn, Tensor
-from torch.nn import functional as F
 from typing import Literal
 from fastcore.basics import patch
 from pydantic import Field

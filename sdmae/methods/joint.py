@@ -58,9 +58,10 @@ def budget_faults(self:JointParams,
     tiles:int|None         # of the training split; None where it is not prepared yet
 )->list[str]:              # a line each
     "What a budget lacks for this method."
-    parts, n = budget.accumulate, budget.batch_size
+    parts, n = budget.accumulate, min(budget.batch_size, tiles or budget.batch_size)
     lines = [f"pretrain.accumulate {parts}: its loss compares the images of a whole batch; set it to 1, and lower batch_size"]*(parts > 1)
-    return lines + [f"pretrain.batch_size {n}: this method compares images with each other, and needs 4 at least"]*(n < 4)
+    few = "pretrain.batch_size" if n == budget.batch_size else "data: tiles of the training split"
+    return lines + [f"{few} {n}: this method compares images with each other, and needs 4 at least"]*(n < 4)
 
 # %% ../../nbs/methods/joint.ipynb #n011
 class JointMethod(nn.Module):
@@ -72,7 +73,7 @@ class JointMethod(nn.Module):
         image_size:int # px
     ):
         super().__init__()
-        self.params, self.progress = params, 0. # share of all steps that is done, told by the engine
+        self.params, self.progress, self.field = params, 0., None # share of all steps that is done; field of view of the batch's tiles
         self.encoder = build_encoder(image_size, model, params)
         self.views, self.second = (Views(v, image_size) for v in (params.views, params.second_views or params.views))
         n = getattr(params, "local_crops", 0)
@@ -86,14 +87,15 @@ def large(self:JointMethod,
     images:Tensor # (B, 1 or 3, H, W) uint8
 )->list[Tensor]:  # two of (B, 3, S, S), normalised
     "Two views of each image."
-    return [normalize(views(images)) for views in (self.views, self.second)]
+    self.field = self.views.field(images)
+    return [normalize(views(images, self.field)) for views in (self.views, self.second)]
 
 @patch
 def small(self:JointMethod,
     images:Tensor # (B, 1 or 3, H, W) uint8
 )->list[Tensor]:  # (B, 3, local_size, local_size) each, normalised
-    "The small views, where the method asks for some."
-    return [normalize(self.local(images)) for _ in range(self.params.local_crops)] if self.local else []
+    "The small views of the same batch, where the method asks for some."
+    return [normalize(self.local(images, self.field)) for _ in range(self.params.local_crops)] if self.local else []
 
 # %% ../../nbs/methods/joint.ipynb #n015
 def feature_of(

@@ -11,7 +11,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
-from pydantic import Field, model_validator
+from pydantic import Field
 from ..params import ModelParams, PretrainParams, Section, ViewParams
 from ..views.draws import rank_and_world
 from ..models.together import gather

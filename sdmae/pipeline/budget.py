@@ -82,12 +82,14 @@ def steps_of(
 # %% ../../nbs/pipeline/budget.ipynb #n016
 def remembered(
     path:Path, # beside the checkpoint
+    of:dict,   # plain values: what they are counted from
     count      # () → steps
 )->int:
     "Steps as they were counted when the training began; every process has to ask."
-    there = agreed(path.is_file())
-    n = agreed(json.loads(path.read_text())["steps"] if path.is_file() else None) if there else count()
-    if not there and rank_and_world()[0] == 0: write_json(path, dict(steps=n))
+    told = agreed(json.loads(path.read_text()) if path.is_file() else {})
+    if told.get("of") == of: return told["steps"]
+    n = count()
+    if rank_and_world()[0] == 0: write_json(path, dict(steps=n, of=of))
     return n
 
 # %% ../../nbs/pipeline/budget.ipynb #n019

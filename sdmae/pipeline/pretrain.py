@@ -8,7 +8,7 @@ __all__ = ['run_config', 'made_of', 'watched_rows', 'knn_watch', 'feature_watch'
            'num_processes', 'launch', 'first_error', 'arguments', 'main']
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c002
-import argparse, json, os, random, subprocess, sys, tempfile
+import argparse, json, math, os, random, subprocess, sys, tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from contextlib import contextmanager, nullcontext
@@ -163,7 +163,8 @@ def planned(r:Run, model)->tuple[int,dict]: # steps; and what they cost
     batches = make_batches(r.P, r.name, r.seed, model, r.store, r.device)
     flops, n = count_flops(model, batches.batch(0, 0), r.device, r.precision), (len(batches), batches.batch_size)
     def seconds(): return step_seconds(make_trainer(r, r.method(), 10**9, r.section.optim, checkpoint=None))
-    steps = remembered(checkpoint_of(r.out, r.config).with_suffix(".json"), lambda: steps_of(r.budget, *n, flops, seconds))
+    of = dict(held=list(r.budget.held), flops=flops, batches=list(n))
+    steps = remembered(checkpoint_of(r.out, r.config).with_suffix(".json"), of, lambda: steps_of(r.budget, *n, flops, seconds))
     return steps, costs(steps, *n, flops)
 
 # %% ../../nbs/pipeline/pretrain.ipynb #n011
@@ -183,7 +184,8 @@ def searched(r:Run, steps:int)->tuple[OptimParams,dict]: # the optimiser to trai
     if not s: return optim, {}
     tried = [optim.model_copy(update=dict(base_lr=optim.base_lr*f)) for f in s.factors]
     found = [trial(r, max(1, round(steps*s.share)), o) for o in tried]
-    best = max((i for i, v in enumerate(found) if v is not None), key=lambda i: found[i], default=None)
+    finite = [i for i, v in enumerate(found) if v is not None]
+    best = max(finite, key=lambda i: (found[i], -abs(math.log(s.factors[i]))), default=None) # of equals the rate nearest to its own
     if best is None: raise FloatingPointError(f"{r.name}: no trial of the search was finite; lower base_lr")
     by = "kNN on validation" if len(r.store.classes) > 1 else "RankMe on validation"
     return tried[best], dict(search=dict(base_lr=[o.base_lr for o in tried], score=found, chosen=tried[best].base_lr, by=by, share=s.share))

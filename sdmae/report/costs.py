@@ -38,11 +38,12 @@ def cost_table(
         numbers = {"epochs": f"{mean['epochs']:,.3g}", "images": f"{mean['images']:,.0f}", "minutes": f"{mean['minutes']:.2g}",
                    "flops": f"{mean['flops']/1e12:,.3g}"}
         rates = sorted({m["search"]["chosen"] for m in runs if "search" in m})
-        return {"method": names[e]} | {COLUMNS[k]: v for k, v in numbers.items()} | {"chosen rate": ", ".join(f"{r:g}" for r in rates)}
+        held = PretrainParams.model_validate(runs[0]["of"]["pretrain"]).held[0]
+        cells = {COLUMNS[k]: v + r" \*"*(k == held) for k, v in numbers.items()}
+        return {"method": names[e]} | cells | {"chosen rate": ", ".join(f"{r:g}" for r in rates)}
     trained = [e for e in names if any(k == e and m.get("steps") for (k, _), m in made.items())]
     table = pd.DataFrame([row(e) for e in trained])
-    held = {COLUMNS[PretrainParams.model_validate(m["of"]["pretrain"]).held[0]] for (e, _), m in made.items() if e in trained}
-    return table.loc[:, [c for c in table if (table[c] != "").any()]].rename(columns=lambda c: f"{c} \\*" if c in held else c)
+    return table.loc[:, [c for c in table if (table[c] != "").any()]]
 
 # %% ../../nbs/report/costs.ipynb #n011
 def search_text(made:dict, names:Names)->str: # as of `cost_table`; "" where nothing was searched

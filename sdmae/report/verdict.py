@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..evaluate.exchange import worth_text
-from ..params import Params, resolved
+from ..params import Params, held_in, resolved
 from .names import LONG, METRIC_NAMES, PROTOCOLS, Names, labels_name, sort_key
 from .tables import summarise
 
@@ -190,7 +190,9 @@ def warnings_about(
 def recipe_of(P:Params, names:Names)->tuple[str,str,float]: # section of `pretrain`, what it holds, how much; "", "" and 0: untrained
     "How the first of the methods is pre-trained."
     e = next((e for e in names.methods if P.encoders[e].pretrain), None)
-    return (resolved("encoder", P.encoder, e)["pretrain"], *P.encoders[e].pretrain.held) if e else ("", "", 0)
+    if not e: return "", "", 0
+    source, held = held_in(P.pretrain, resolved("encoder", P.encoder, e)["pretrain"]) # what others take over
+    return source, *next((k, v) for k, v in held.items() if v is not None)
 
 # %% ../../nbs/report/verdict.ipynb #p031
 def next_step(

@@ -98,9 +98,11 @@ def make_optimizer(
     if adam: return adam(groups, lr=lr, betas=optim.betas, fused=True)
     if optim.name == "sgd": # not fused: that fails where a weight begins late
         return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, nesterov=optim.nesterov, foreach=True)
-    parts = [{**g, "params": [p for p in g["params"] if (p.ndim > 1) == matrices], "always_adapt": matrices}
-             for g in groups for matrices in (True, False)]
-    for g in parts: g["weight_decay"] = g.get("weight_decay", 0.) if g["always_adapt"] else 0.
+    parts = []
+    for g in groups:
+        matrices, vectors = ([p for p in g["params"] if (p.ndim > 1) == many] for many in (True, False))
+        slower = dict(lr_scale=g.get("lr_scale", 1.)*optim.vector_scale, weight_decay=0.)
+        parts += [{**g, "params": matrices, "always_adapt": True}, {**g, "params": vectors, "always_adapt": optim.adapt == "all"} | slower]
     return Lars([g for g in parts if g["params"]], lr=lr, momentum=optim.momentum)
 
 # %% ../../nbs/train/engine.ipynb #n014

@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from ..params import ViewParams
 from .draws import draw_rows, rank_and_world
-from .geometry import boxes_in_fields, crop_resize, flip_where, turn, rotate_zoom
+from .geometry import boxes_in_fields, fields_of_view, crop_resize, flip_where, turn, rotate_zoom
 from .colour import od_jitter, color_jitter, shift, grayscale, blur, solarize, erase
 from .stain import Stain, hed_jitter
 
@@ -81,26 +81,37 @@ class Views(nn.Module):
 
     @torch.no_grad()
     def forward(self,
-        images:Tensor # (B, 1 or 3, H, W) uint8
-    )->Tensor:        # (B, 3, image_size, image_size) in [0, 1]
-        with torch.autocast(images.device.type, enabled=False): return rgb(self.colour(self.geometry(to_unit(images))))
+        images:Tensor,          # (B, 1 or 3, H, W) uint8
+        field:tuple|None=None   # of each image, as from `Views.field`; None: drawn anew
+    )->Tensor:                  # (B, 3, image_size, image_size) in [0, 1]
+        with torch.autocast(images.device.type, enabled=False): return rgb(self.colour(self.geometry(to_unit(images), field)))
 
 # %% ../../nbs/views/augment.ipynb #n001
 @patch
+def field(self:Views,
+    images:Tensor # (B, C, H, W)
+)->tuple|None:    # as from `fields_of_view`; None where it is the whole tile
+    "A field of view of each image, for several views of it that share one magnification."
+    if tuple(self.params.fields) == (1.,): return None
+    return fields_of_view(len(images), *images.shape[-2:], self.params.fields, images.device)
+
+@patch
 def boxes(self:Views,
-    x:Tensor # (B, C, H, W)
-)->Tensor:   # (B, 4) top, left, height, width
+    x:Tensor,              # (B, C, H, W)
+    field:tuple|None=None
+)->Tensor:                 # (B, 4) top, left, height, width
     "What is cut from each image."
     p = self.params
-    return boxes_in_fields(len(x), *x.shape[-2:], p.scale, p.ratio, p.fields, x.device)
+    return boxes_in_fields(len(x), *x.shape[-2:], p.scale, p.ratio, p.fields, x.device, field)
 
 @patch
 def geometry(self:Views,
-    x:Tensor # (B, C, H, W) in [0, 1]
-)->Tensor:   # (B, C, image_size, image_size) in [0, 1]
+    x:Tensor,              # (B, C, H, W) in [0, 1]
+    field:tuple|None=None
+)->Tensor:                 # (B, C, image_size, image_size) in [0, 1]
     "Crop, flips, turns and zoom."
     p, B = self.params, len(x)
-    x = crop_resize(x, self.boxes(x), self.image_size, p.interpolation).clamp(0, 1)
+    x = crop_resize(x, self.boxes(x, field), self.image_size, p.interpolation).clamp(0, 1)
     if p.hflip: x = flip_where(x, draw_rows(torch.rand, B, device=x.device) < 0.5, -1)
     if p.vflip: x = flip_where(x, draw_rows(torch.rand, B, device=x.device) < 0.5, -2)
     if p.rot90: x = turn(x, draw_rows(partial(torch.randint, 4), B, device=x.device))

@@ -107,11 +107,12 @@ def boxes_in_fields(
     height:int, width:int,            # px of the images
     scale:tuple, ratio:tuple,         # as of `random_boxes`, within the field of view
     fields:tuple=(1.,),               # as `shares` of `fields_of_view`
-    device="cpu"
+    device="cpu",
+    chosen:tuple|None=None            # fields that were drawn before, as from `fields_of_view`
 )->Tensor:                            # (n, 4) top, left, height, width
     "Random boxes within fields of view. With the whole tile as the only field, `random_boxes` and no further draw."
-    if tuple(fields) == (1.,): return random_boxes(n, height, width, scale, ratio, device)
-    corner, side = fields_of_view(n, height, width, fields, device)
+    if chosen is None and tuple(fields) == (1.,): return random_boxes(n, height, width, scale, ratio, device)
+    corner, side = chosen or fields_of_view(n, height, width, fields, device)
     boxes = random_boxes(n, side, side, scale, ratio, device)
     return torch.cat([boxes[:, :2] + corner, boxes[:, 2:]], 1)
 

@@ -188,6 +188,9 @@ def check_law(
     if not all(np.isfinite(v).all() for v in (*g.values(), *m.values())): raise ValueError("numbers are not finite")
     if (g["std"] <= 0).any() or (m["weights"] <= 0).any(): raise ValueError("a deviation or a weight is not above 0")
     low, high = np.array(SPACES[space].limits).T
+    logs = np.r_[g["mean"][3:], m["means"][:, 3:].ravel()]
+    if np.abs(logs).max() > 10: raise ValueError("deviations are to be given as natural logarithms")
+    if law.get("space", space) != space: raise ValueError(f"it is the law of {law['space']}")
     for means in (g["mean"][None], m["means"]):
         if ((means[:, :3] < low) | (means[:, :3] > high)).any():
             raise ValueError(f"means lie outside {SPACES[space].limits}; OpenCV's bytes have other units")
@@ -213,7 +216,7 @@ def read_stain(
     path = project_root()/params.file
     made, where = read_json(path), "source"
     try:
-        used, laws = made["source"]["used"], {s: made["spaces"][s] for s in params.spaces if s in made["spaces"]}
+        used, laws = int(made["source"]["used"]), {s: made["spaces"][s] for s in params.spaces if s in dict(made["spaces"])}
         for where, law in laws.items(): check_law(law, where)
     except (ValueError, LookupError, TypeError, AttributeError, np.linalg.LinAlgError) as e:
         raise ValueError(f"{path} is damaged, {where}: {e}; {ANEW}") from e
@@ -314,7 +317,7 @@ def fit(
     if counts["used"] < FEWEST:
         raise ValueError(f"{place}: {counts['used']} tiles have a stain, {FEWEST} are needed (looked at {counts['looked_at']}; skipped: "
                          f"{counts['skipped']}). Give more tiles.")
-    laws = {s: fit_law(samples[s], components, seed) for s in spaces}
+    laws = {s: dict(space=s) | fit_law(samples[s], components, seed) for s in spaces}
     write_json(path, dict(format=FORMAT, sdmae=__version__, sklearn=sklearn.__version__, source=found | counts | dict(seed=seed),
                           rule=dict(glass=GLASS, black=BLACK, grey=GREY, share=SHARE), components=components,
                           numbers="3 means, 3 natural logarithms of deviations", spaces=laws))
