@@ -135,6 +135,7 @@ def card_sentence(v:TaskVerdict, e:str)->str: # "" where there is no card
     if e not in v.cards.index: return ""
     r = v.cards.loc[e]
     if r.word == "too few tiles": return "of its frozen features nobody can say how much is colour: the training tiles are too few"
+    if r.word == "unknown": return "of its frozen features nobody can say what chance would give: the patients or slides are too few"
     if r.word == "chance": return "its frozen features score no better than permuted labels"
     return f"its frozen features are {r.word}: {100*min(max(r.kept, 0), 1):.0f} % of their gain over chance is left without it"
 
