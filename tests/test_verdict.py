@@ -472,6 +472,21 @@ def test_a_pair_may_stand_the_other_way():
     assert vd.pair_row(v, "mae", "nothing", "linear") is None
 
 
+def test_validation_names_the_method_of_the_headline():
+    "MAE scores higher on test; a page has one winner."
+    from sdmae.report.best import BY_PROBE, best_of
+    v = asked({}, pair=BEHIND)
+    said = vd.task_lines(v, NAMES)[0]
+    assert vd.leader(v, NAMES) == "mae" and "MAE is the first of the comparison: no validation score is there to choose by." in said
+    v.scores = v.scores.assign(value=[.6, .62, .6, .9])
+    assert vd.leader(v, NAMES) == "mae", "the order of the comparison, not of test scores"
+    v.scores, v.valid = asked().scores, {("random", 0): .99, ("mae", 0): .8, ("sdmae", 0): .7, ("sdmae", 1): .95}
+    assert vd.leader(v, NAMES) == "sdmae" == best_of(v.valid, BY_PROBE, NAMES, "runs/x")["pretrained"]["encoder"], "the mean over seeds"
+    assert vd.task_lines(v, NAMES)[0].startswith("**SD-MAE was compared with nothing.** Validation chose SD-MAE (0.825), test scores did not. Linear probes: MAE 0.700")
+    v.scores = v.scores[v.scores.encoder == "mae"]
+    assert vd.leader(v, NAMES) == "mae" and vd.chosen_sentence(v, NAMES) == "", "one method: nothing was chosen"
+
+
 def test_most_labels_speak():
     v = asked({}); few = v.judged.assign(labels="100", verdict="behind")
     v.judged = pd.concat([few, v.judged])
@@ -481,7 +496,7 @@ def test_most_labels_speak():
 def test_what_is_absent_is_not_spoken_of():
     v = asked({})
     v.judged, v.refs, v.floor = v.judged.iloc[:0], {}, ""
-    assert vd.task_lines(v, NAMES)[0].startswith("**MAE scores highest of the methods; it was compared with nothing.**")
+    assert vd.task_lines(v, NAMES)[0].startswith("**MAE was compared with nothing.**")
     v.scores = v.scores[v.scores.encoder == "random"]
     assert vd.task_lines(v, NAMES) == ["**No method was probed on tissue: there is no verdict.**"] and vd.stands_of(v, NAMES) == []
     assert "there is no verdict" in vd.verdict_page("Why?", [], NAMES, [], "Next.")

@@ -248,7 +248,8 @@ def features_card(
     known = draws if sum(ways(y[s], groups[s]) for s in ("train", "test")) > np.log(WAYS) - 1e-9 else 0
     asked = [[y[s], *permuted(y[s], groups[s], known, seed + i)] for i, s in enumerate(("train", "test"))]
     bare = without_colour(x["train"], colour["train"], (x["test"], colour["test"]))
-    (score, *chance), (score_left, *chance_left) = (probe_scores(Ridge(a), b, *asked, n_classes) for a, b in ((x["train"], x["test"]), bare))
+    (score, *chance), (score_left, *chance_left) = (probe_scores(Ridge(a), b, *asked, n_classes)
+                                                    for a, b in ((x["train"], x["test"]), bare))
     chance, chance_left = ([float(c) for c in drawn if not np.isnan(c)] for drawn in (chance, chance_left))
     full, left = beside_chance(score, chance), beside_chance(score_left, chance_left)
     train, test = (bent(colour[s], colour["train"]) for s in ("train", "test"))

@@ -296,7 +296,8 @@ def card_means(
     by = cards.groupby("encoder", sort=False)
     means = by.mean(numeric_only=True)
     for e, own in by:
-        full, left = (beside_chance(own[k].mean(), np.mean(list(own[p]), axis=0)) for k, p in (("score", "permuted"), ("without_colour", "permuted_without")))
+        full, left = (beside_chance(own[score].mean(), np.mean(list(own[drawn]), axis=0))
+                      for score, drawn in (("score", "permuted"), ("without_colour", "permuted_without")))
         means.loc[e, ["chance", "chance_high", "p", "p_without"]] = full["chance"], full["chance_high"], full["p"], left["p"]
     kept = (means.without_colour - means.chance) / (means.score - means.chance).where(means.score > means.chance)
     words = [colour_word(r.p, r.p_without, k, r.tiles, r.columns) for r, k in zip(means.itertuples(), kept)]
