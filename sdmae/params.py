@@ -363,7 +363,7 @@ class FewShotParams(Section):
 # %% ../nbs/params.ipynb #n026
 class ShiftParams(Section):
     "The linear probe on tiles of another stain, and of another centre."
-    hed:list[Annotated[float, Field(ge=0)]] = [0., 0.025, 0.05, 0.1] # strengths in HED units; []: none
+    hed:list[Annotated[float, Field(ge=0)]] = [0., 0.025, 0.05, 0.1] # strengths: ± 5 s of optical density; []: none
     draws:int = Field(4, ge=1)                          # directions of the stain shift
     centres:bool|list[Text] = True                      # held out one by one: all, none, or those named
 

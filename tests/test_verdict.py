@@ -165,6 +165,54 @@ def test_patients_exchange_labels_as_a_whole():
     assert all((t[patient == 3] == t[patient == 3][0]).all() and t.sum() == 480 for t in several)
 
 
+def slide_trial(rng, sizes):
+    "Features know the slide, labels its share of the classes: nothing of one tells of the other."
+    def split(k):
+        slide = np.repeat(np.arange(k), rng.choice(sizes, k))
+        y = (rng.random(len(slide)) < rng.beta(.5, .5, k)[slide]).astype(int)
+        return rng.normal(size=(k, 6))[slide] + .1*rng.normal(size=(len(slide), 6)), y, slide
+    (x, *train), (new, *test) = split(16), split(8)
+    asked = [[y, *cd.permuted(y, g, 39, int(rng.integers(1e9)))] for y, g in (train, test)]
+    score, *chance = cd.probe_scores(cd.Ridge(x), new, *asked, 2)
+    return cd.beside_chance(score, chance)["p"]
+
+
+@pytest.mark.parametrize("sizes", [[20], [5, 20, 60]])
+def test_slides_of_several_classes_pass_for_better_than_chance_in_one_trial_of_twenty(sizes):
+    "Tiles permuted one by one gave p <= .05 in every fourth trial of this kind."
+    rng = np.random.default_rng(0)
+    p = [slide_trial(rng, sizes) for _ in range(200)]
+    assert np.mean(np.array(p) <= .05) <= stats.binom.ppf(.99, 200, .05)/200 and stats.kstest(p, "uniform").pvalue > .01
+
+
+def test_slides_give_all_their_labels_to_another():
+    slide, y = np.repeat(list("abcd"), [2, 4, 4, 8]), np.array([0, 1] + [2]*4 + [3, 3, 4, 4] + [5]*8)
+    kinds = [{0, 1}, {2}, {3, 4}, {5}]
+    for drawn in cd.permuted(y, slide, 30, 0):
+        given = [next(k for k in kinds if set(drawn[slide == s]) <= k) for s in "abcd"]
+        assert sorted(map(sorted, given)) == sorted(map(sorted, kinds)), "each slide's labels go to one slide"
+        if given[3] == {3, 4}: assert np.bincount(drawn[slide == "d"])[3:].tolist() == [4, 4], "repeated in their shares"
+    assert all((a == b).all() for a, b in zip(cd.permuted(y, slide, 3, 1), cd.permuted(y, slide, 3, 1)))
+
+
+@pytest.mark.parametrize("per_split, known", [((1, 1), False), ((2, 2), False), ((3, 2), False), ((3, 4), True)])
+def test_few_slides_give_no_p(per_split, known, tissue):
+    o, rng = tissue, np.random.default_rng(0)
+    slides = dict(train=np.arange(1000) % per_split[0], test=np.arange(500) % per_split[1])
+    found = card(o, np.c_[o.y + .1*rng.normal(size=1500), rng.normal(size=1500)], o.y, groups=slides)
+    assert (found["word"] == "unknown") == (found["p"] is None) == (found["chance"] is None) == (not found["permuted"]) == (not known)
+    assert found["score"] > .95 and (known or found["kept"] is None)
+    json.dumps(found, allow_nan=False)
+
+
+def test_ways_to_deal_labels():
+    whole = lambda y, g: round(np.exp(cd.ways(np.array(y), g)))
+    assert whole([0, 1, 0, 1, 2, 2, 2], list("aabbccd")) == 6, "two and two alike"
+    assert whole(np.eye(2)[[0, 0, 1, 1]], None) == 6 == whole([0, 0, 1, 1], None) and whole([0, 1], list("aa")) == 1
+    y = np.random.default_rng(0).integers(0, 2, (50, 3))
+    assert np.isfinite(cd.ways(y, np.arange(50)//5)) and np.isnan(cd.answer_score(np.ones((4, 2)), np.ones((4, 2))))
+
+
 def test_the_ridge_probe_is_least_squares_at_a_small_penalty():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(400, 6)), None
@@ -211,7 +259,7 @@ def test_grey_images_and_several_labels():
 
 
 @pytest.mark.parametrize("p, p_without, kept, tiles, word", [(.2, .5, 2., 730, "chance"), (.01, .2, .9, 730, "mostly colour"), (.01, .01, .49, 730, "mostly colour"),
-    (.01, .01, .5, 730, "partly colour"), (.01, .01, .8, 730, "more than colour"), (.01, .01, .9, 729, "too few tiles")])
+    (np.nan, np.nan, np.nan, 730, "unknown"), (np.nan, np.nan, np.nan, 729, "too few tiles"), (.01, .01, .5, 730, "partly colour"), (.01, .01, .8, 730, "more than colour"), (.01, .01, .9, 729, "too few tiles")])
 def test_words_follow_the_rule(p, p_without, kept, tiles, word): assert cd.colour_word(p, p_without, kept, tiles, 73) == word
 
 
@@ -340,13 +388,18 @@ def test_without_a_curve_there_is_no_exchange_rate(study):
 
 def test_cards_are_read_and_broken_ones_named(tmp_path):
     of = dict(metric="balanced_accuracy", of="grey values", score=.7, chance=.3, chance_high=.35, p=.005, colour_alone=.6, without_colour=.4, p_without=.005, kept=.25,
-              colour_r2=None, rankme=12., tiles=400, columns=21, word="mostly colour", draws=199)
-    for e, s, change in (("mae", 0, {}), ("mae", 1, dict(score=.8)), ("random", 0, dict(score=.31, p=.3))):
+              colour_r2=None, rankme=12., tiles=400, columns=21, word="mostly colour", draws=20, permuted=list(np.linspace(.2, .4, 20)), permuted_without=[.3]*20)
+    for e, s, change in (("mae", 0, {}), ("mae", 1, dict(score=.8)), ("random", 0, dict(score=.31))):
         (tmp_path/"tissue"/"probe"/f"{e}-{s}").mkdir(parents=True)
         (tmp_path/"tissue"/"probe"/f"{e}-{s}"/"card.json").write_text(json.dumps(of | change))
     cards = wt.read_cards(tmp_path, "tissue", {("mae", 0): dict(last=dict(structure_r2=.4))}, NAMES, [0, 1])
     means = wt.card_means(cards)
     assert means.word.to_dict() == {"random": "chance", "mae": "mostly grey values"} and means.score["mae"] == pytest.approx(.75) and np.isnan(means.kept["random"])
+    other = cards.iloc[:1].assign(encoder="x", score=.7, seed=0)
+    other = pd.concat([other, other.assign(seed=1, score=.1, permuted=[[.6]*20])])
+    assert wt.card_means(other).p["x"] == pytest.approx((1 + sum(np.linspace(.2, .4, 20) + .6 >= .8))/21), "the mean score beside the mean of each permutation, no mean of p"
+    none = wt.card_means(cards.assign(permuted=[[]]*3, permuted_without=[[]]*3))
+    assert set(none.word) == {"unknown"} and none[["p", "chance", "kept"]].isna().all(axis=None) and list(wt.card_table(cards.assign(permuted=[[]]*3), NAMES)["in words"]) == ["unknown"]*2
     table = wt.card_table(cards, NAMES)
     assert list(table["gain kept"]) == ["–", "22 %"] and "grey values read, R²" not in table and list(table["structure R²"]) == ["–", "0.40"]
     assert_readable(wt.card_figure(cards.assign(colour_r2=.5), "made up", NAMES))
@@ -419,6 +472,21 @@ def test_a_pair_may_stand_the_other_way():
     assert vd.pair_row(v, "mae", "nothing", "linear") is None
 
 
+def test_validation_names_the_method_of_the_headline():
+    "MAE scores higher on test; a page has one winner."
+    from sdmae.report.best import BY_PROBE, best_of
+    v = asked({}, pair=BEHIND)
+    said = vd.task_lines(v, NAMES)[0]
+    assert vd.leader(v, NAMES) == "mae" and "MAE is the first of the comparison: no validation score is there to choose by." in said
+    v.scores = v.scores.assign(value=[.6, .62, .6, .9])
+    assert vd.leader(v, NAMES) == "mae", "the order of the comparison, not of test scores"
+    v.scores, v.valid = asked().scores, {("random", 0): .99, ("mae", 0): .8, ("sdmae", 0): .7, ("sdmae", 1): .95}
+    assert vd.leader(v, NAMES) == "sdmae" == best_of(v.valid, BY_PROBE, NAMES, "runs/x")["pretrained"]["encoder"], "the mean over seeds"
+    assert vd.task_lines(v, NAMES)[0].startswith("**SD-MAE was compared with nothing.** Validation chose SD-MAE (0.825), test scores did not. Linear probes: MAE 0.700")
+    v.scores = v.scores[v.scores.encoder == "mae"]
+    assert vd.leader(v, NAMES) == "mae" and vd.chosen_sentence(v, NAMES) == "", "one method: nothing was chosen"
+
+
 def test_most_labels_speak():
     v = asked({}); few = v.judged.assign(labels="100", verdict="behind")
     v.judged = pd.concat([few, v.judged])
@@ -428,7 +496,7 @@ def test_most_labels_speak():
 def test_what_is_absent_is_not_spoken_of():
     v = asked({})
     v.judged, v.refs, v.floor = v.judged.iloc[:0], {}, ""
-    assert vd.task_lines(v, NAMES)[0].startswith("**MAE scores highest of the methods; it was compared with nothing.**")
+    assert vd.task_lines(v, NAMES)[0].startswith("**MAE was compared with nothing.**")
     v.scores = v.scores[v.scores.encoder == "random"]
     assert vd.task_lines(v, NAMES) == ["**No method was probed on tissue: there is no verdict.**"] and vd.stands_of(v, NAMES) == []
     assert "there is no verdict" in vd.verdict_page("Why?", [], NAMES, [], "Next.")
@@ -441,7 +509,7 @@ def test_labels_and_colour_are_told_of_the_leader():
     lines = vd.task_lines(asked({}, worth=worth, cards=cards), NAMES)
     assert "- MAE: with 30 labels, fine-tuned, it is worth +90 [+30, more than +2,970] labels of training from scratch (95 % over test tiles, one seed)." in lines
     assert "- MAE: its frozen features are mostly colour: 22 % of their gain over chance is left without it." in lines
-    for word, text in (("chance", "no better than permuted labels"), ("too few tiles", "too few")): assert text in vd.card_sentence(asked({}, cards=cards.assign(word=word)), "mae")
+    for word, text in (("unknown", "what chance would give"), ("chance", "no better than permuted labels"), ("too few tiles", "too few")): assert text in vd.card_sentence(asked({}, cards=cards.assign(word=word)), "mae")
 
 
 def test_the_page_puts_doubt_beside_the_claim():

@@ -11,7 +11,7 @@ from sdmae.data.store import TileStore, prepare
 from sdmae.evaluate.knn import knn_probabilities
 from sdmae.params import DataParams, compose, parse_params
 from sdmae.pipeline import ingredients, plan
-from sdmae.report.best import BY_PROBE, BY_RANK, best_of, best_text, choose, export_best, validation_scores
+from sdmae.report.best import BY_PROBE, BY_RANK, best_of, best_table, best_text, choose, export_best, gap_error, validation_scores
 from sdmae.report.embedding import neighbours, spread, to_label
 from sdmae.report.names import Names
 from sdmae.sources.publishers import open_source
@@ -159,7 +159,7 @@ def test_validation_chooses_and_test_does_not(tmp_path):
     for e, s, valid, test in (("random", 0, .6, .99), ("mae", 0, .8, .1), ("mae", 1, .9, .1), ("sdmae", 0, .95, .9), ("sdmae", 1, .7, .9)):
         write(tmp_path, e, s, "t", linear={"all": dict(valid=valid, macro_auc=test)}, knn={"all": dict(valid=1., macro_auc=1.)})
     found = validation_scores(tmp_path, ["t"], list(NAMES), [0, 1])
-    best = best_of(found, BY_PROBE, NAMES, "runs/x")
+    best = best_of(found, BY_PROBE, NAMES, "runs/x", lambda a, b: .1)
     assert (best["encoder"], best["seed"], best["folder"], best["worth_it"]) == ("mae", 1, "runs/x/mae-1", True) and best["score"] == pytest.approx(.85)
     write(tmp_path, "mae", 0, "second", linear={"all": dict(valid=.5, macro_auc=1)})
     assert validation_scores(tmp_path, ["t", "second"], list(NAMES), [0, 1]) == {("mae", 0): pytest.approx(.65)} # what lacks a task is out
@@ -175,7 +175,47 @@ def test_a_baseline_that_wins_is_said():
     best["pretrained"]["warnings"] = ["it has collapsed"]
     said = best_text(best, NAMES, 16)
     assert not best["worth_it"] and "no pre-trained encoder is shown to be worth it" in said and "weak guide" in said and "16 tiles only" in said and "it has collapsed" in said and best["pretrained"]["encoder"] == "mae"
-    assert "none of the pre-trained encoders is worth it here" in best_text(best | dict(by=BY_PROBE), NAMES, 1000)
+
+
+@pytest.mark.parametrize("random, error, worth_it, said", [(.90001, .02, None, "MAE − Random is -0.000, less than two standard errors (0.040): **not distinguishable on 16 validation tiles**"),
+    (.95, .02, False, "MAE − Random is -0.050, more than two standard errors (0.040): **none of the pre-trained encoders is worth it here**"),
+    (.8, .02, True, "MAE − Random is +0.100, more than two standard errors (0.040)."), (.8, np.nan, None, "+0.100: **how much of it is chance is not known**"),
+    (.8, None, None, "")])
+def test_a_hair_decides_nothing(random, error, worth_it, said):
+    best = best_of({("random", 0): random, ("mae", 0): .9, ("sdmae", 0): .5}, BY_PROBE, NAMES, "runs/x", error and (lambda a, b: {("mae", "random"): error}[a, b]))
+    text = best_text(best, NAMES, 16)
+    assert best["worth_it"] is worth_it and said in text and ("worth it here" in text) == (worth_it is False) and "MAE, seed 0" in text
+    json.dumps(best, allow_nan=False)
+
+
+def test_the_error_of_a_validation_difference(tmp_path):
+    "Against the deviation of the difference over new validation tiles; shared luck of tiles cancels, and patients say less than their tiles."
+    from types import SimpleNamespace
+    from sklearn.metrics import roc_auc_score
+    from sdmae.evaluate.statistics import WeightedScores
+    rng = np.random.default_rng(0)
+    def draw(n):
+        y, ease = np.arange(n) % 2, rng.normal(size=n)
+        return y, *(1/(1 + np.exp(-(y + ease + .3*rng.normal(size=n)))) for _ in range(2))
+    truth = np.std([roc_auc_score(y, p) - roc_auc_score(y, q) for y, p, q in (draw(200) for _ in range(400))])
+    y, p, q = draw(200)
+    for e, s, a in (("mae", 0, p), ("random", 0, q)):
+        write(tmp_path, e, s, "t", linear={"all": dict(valid=.5, macro_auc=.5)})
+        np.savez(tmp_path/"t"/"probe"/f"{e}-{s}"/"predictions.npz", valid_probabilities_linear_all=np.stack([1 - a, a], 1))
+    def asked(groups, y=y): return {"t": SimpleNamespace(y=dict(valid=y), rows=dict(valid=np.arange(len(y))), scorer=WeightedScores, store=SimpleNamespace(groups=lambda i: groups))}
+    error = gap_error(tmp_path, asked(None), "mae", "random", [0])
+    assert .6*truth < error < 1.6*truth and error == gap_error(tmp_path, asked(None), "mae", "random", [0])
+    alone = np.std([roc_auc_score(y, p) for y, p, _ in (draw(200) for _ in range(200))])
+    assert error < .7*np.sqrt(2)*alone, "the same tiles for both"
+    assert gap_error(tmp_path, asked(np.array(["a"]*200)), "mae", "random", [0]) == error, "one patient: tiles"
+    assert gap_error(tmp_path, asked(np.arange(200)//20), "mae", "random", [0]) != error
+
+
+def test_variants_are_listed_and_not_chosen():
+    names = Names({"random": dict(name="Random", baseline=True), "mae": dict(name="MAE"), "mae_dark": dict(name="dark", of="mae")})
+    scores = {("random", 0): .6, ("mae", 0): .7, ("mae_dark", 0): .9}
+    best = best_of(scores, BY_PROBE, names, "runs/x", lambda a, b: .01)
+    assert best["encoder"] == best["pretrained"]["encoder"] == "mae" and list(best_table(scores, BY_PROBE, names)["encoder"])[0] == names["mae_dark"]
 
 
 @pytest.mark.parametrize("arch", [dict(patch_size=8, embed_dim=24, depth=2, num_heads=2), dict(arch="resnet18")])

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..evaluate.card import colour_word
+from ..evaluate.card import beside_chance, colour_word
 from ..evaluate.comparison import can_decide, critical_difference, friedman, mean_ranks, rank_groups
 from ..evaluate.exchange import Luck, exchange, gain, worth_text
 from ..evaluate.statistics import affordable_draws, draw_scores
@@ -280,7 +280,7 @@ def read_cards(
     for e, s in [(e, s) for e in names for s in seeds]:
         path = Path(evals)/task/"probe"/f"{e}-{s}"/CARD_FILE
         if not path.is_file(): continue
-        try: card = {k: np.nan if v is None else v for k, v in json.loads(path.read_text()).items()}; card["word"], card["score"]
+        try: card = {k: np.nan if v is None else v for k, v in json.loads(path.read_text()).items()}; card["permuted"], card["score"]
         except (ValueError, KeyError, AttributeError) as err:
             raise ValueError(f"{path}: no card ({type(err).__name__}: {err}); delete it and run `dvc repro` again") from err
         last = made.get((e, s), {}).get("last") or {}
@@ -292,11 +292,16 @@ def read_cards(
 def card_means(
     cards:pd.DataFrame # as from `read_cards`
 )->pd.DataFrame:       # a row an encoder, in their order; word: the rule, asked of the means
-    "Means over seeds."
-    means = cards.groupby("encoder", sort=False).mean(numeric_only=True)
+    "Means over seeds, chance among them: a permutation has one mean score over all seeds, beside which the mean score stands."
+    by = cards.groupby("encoder", sort=False)
+    means = by.mean(numeric_only=True)
+    for e, own in by:
+        full, left = (beside_chance(own[score].mean(), np.mean(list(own[drawn]), axis=0))
+                      for score, drawn in (("score", "permuted"), ("without_colour", "permuted_without")))
+        means.loc[e, ["chance", "chance_high", "p", "p_without"]] = full["chance"], full["chance_high"], full["p"], left["p"]
     kept = (means.without_colour - means.chance) / (means.score - means.chance).where(means.score > means.chance)
     words = [colour_word(r.p, r.p_without, k, r.tiles, r.columns) for r, k in zip(means.itertuples(), kept)]
-    kept = kept.where([w != "chance" for w in words]) # nothing was gained that could be kept
+    kept = kept.where([w not in ("chance", "unknown") for w in words]) # nothing was gained that could be kept
     return means.assign(kept=kept, word=[w.replace("colour", cards["of"].iloc[0]) for w in words])
 
 # %% ../../nbs/report/worth.ipynb #p041
