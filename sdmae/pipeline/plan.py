@@ -92,10 +92,14 @@ def data_faults(P:Params)->list[str]:
     return [f"data.{name}.path {d.path} does not exist: {way(d)}"
             for name, d in P.data.items() if not (project_root()/d.path).exists()]
 
-def check_params(P:Params):
+def check_params(
+    P:Params,
+    archives:bool=True # need they be there? Not where the data is prepared
+):
     "Raises `ValueError` with all faults that a comparison, its encoders, its tasks or its data have."
     listed = dict.fromkeys(e for s in P.reports for e in P.compare[s].encoders)
-    faults = [f for e in listed for f in encoder_faults(P, e)] + [f for s in P.reports for f in task_faults(P, s)] + data_faults(P)
+    faults = [f for e in listed for f in encoder_faults(P, e)] + [f for s in P.reports for f in task_faults(P, s)]
+    if archives: faults += data_faults(P)
     if faults: raise ValueError("params.yaml cannot be used:\n  " + "\n  ".join(faults))
 
 # %% ../../nbs/pipeline/plan.ipynb #n012
@@ -208,7 +212,7 @@ def plan(
 ):
     "Write the plan; print a line for each file that changed, since what depends on it will run. Raises `ValueError` for `label_faults`."
     P = load_params()
-    check_params(P) # again, for now it is known how many tiles there are
+    check_params(P, archives=False) # again, for now it is known how many tiles there are
     if faults := label_faults(P): raise ValueError("params.yaml asks for more than the prepared data has:\n  " + "\n  ".join(faults))
     for t in dict.fromkeys(t for s in P.reports for t in P.compare[s].tasks if not answered(P, t)):
         print(f"task {t}: no tile of {P.tasks[t].data} has a label, so no protocol applies ({', '.join(P.protocols)}); "
