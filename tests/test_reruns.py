@@ -53,7 +53,7 @@ def test_one_parameter_by_S_reruns_its_encoder(work):
 
 def test_the_budget_reruns_every_pretraining_and_no_preparation(work):
     edit_params(work, pretrain__tissue__epochs=2)
-    assert {*will_run(work)} == {f"pretrain@tissue-{e}-0" for e in ("mae", "sdmae", "sdmae_detach")} | {"report@tissue"}
+    assert {*will_run(work)} == {f"pretrain@tissue-{e}-0" for e in ("mae", "sdmae", "sdmae_detach", "barlow")} | {"report@tissue"}
 
 
 def test_parameters_of_fine_tuning_rerun_no_pretraining(work):
