@@ -29,7 +29,7 @@ PARAMS = parse_params(compose(["only=tissue", "data.tissue.image_size=32", "mode
                                "+encoder.sdmae_momentum={of: sdmae, detach_teacher: true, center_on: logits, teacher_momentum: 0.9}",
                                "+encoder.dino={data: tissue, pretrain: tissue, method: dino, head: {hidden_dim: 16, bottleneck_dim: 8, out_dim: 12}, teacher_momentum: 0.9, freeze_last_layer: 0.1, "
                                "local_crops: 1, local_size: 16, optim: {base_lr: 0.1, clip_norm: 3.0, weight_decay_end: 0.4}}",
-                               f"+encoder.moco={{data: tissue, pretrain: tissue, method: moco, queue: 24, momentum: 0.9, {SMALL}}}", f"+encoder.moco_conv={{of: moco, {CONV}}}",
+                               f"+encoder.moco={{data: tissue, pretrain: tissue, method: moco, version: v2, queue: 24, momentum: 0.9, {SMALL}}}", f"+encoder.moco_conv={{of: moco, {CONV}}}",
                                "+encoder.moco_v3={of: moco, version: v3}", f"+encoder.moco_v3_conv={{of: moco_v3, {CONV}}}",
                                f"+encoder.swav={{data: tissue, pretrain: tissue, method: swav, prototypes: 6, queue: 16, queue_start: 0.3, freeze_prototypes: 0.15, local_crops: 2, local_size: 16, {SMALL}}}",
                                f"+encoder.swav_conv={{of: swav, {CONV}}}",
