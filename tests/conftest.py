@@ -40,14 +40,8 @@ def finished(tmp_path_factory, worker_id):
 
 
 def run_tiny(folder):
-    from tiny import TINY, sh
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for o in filter(None, listed.split("\0")):
-        if not (ROOT/o).is_file() or o == "dvc.lock" or o.startswith("metrics/"): continue
-        (folder/o).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT/o, folder/o)
-    for o in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "as it stands"]): sh(folder, "git", *o)
-    sh(folder, "dvc", "pull", "data.dvc")
+    from tiny import TINY, copy_of_project, sh
+    copy_of_project(folder)
     compose = "import sys, yaml; from sdmae.params import compose; yaml.safe_dump(compose(sys.argv[1:]), open('params.yaml', 'w'), sort_keys=False)"
     sh(folder, sys.executable, "-c", compose, *TINY)
     sh(folder, sys.executable, "-m", "sdmae.pipeline", "repro", "--jobs", "2")

@@ -295,16 +295,9 @@ def test_more_in_a_batch_than_there_are_tiles(tmp_path, capsys):
 @pytest.mark.parametrize("bare", [False, True])
 def test_the_whole_command(tmp_path, bare):
     "Sixty tiles, as a user has them, in a copy of the repository; without labels, labels are added then, and nothing is trained again."
-    from conftest import ROOT
-    from tiny import ENV, sh
+    from tiny import ENV, copy_of_project, sh
     work = tmp_path/"sdmae"
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for o in filter(None, listed.split("\0")):
-        if not (ROOT/o).is_file() or o == "dvc.lock" or o.startswith("metrics/"): continue
-        (work/o).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT/o, work/o)
-    for o in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "as it stands"]): sh(work, "git", *o)
-    sh(work, "dvc", "pull", "data.dvc")
+    copy_of_project(work)
     images(work/"data"/"mine", [f"{'s' if bare else 'c'}{i%(10 if bare else 2)}/{i}.png" for i in range(60)])
     given = """experiment=which data=folder data.tissue.path=data/mine data.tissue.image_size=32 data.lesions.limit=60 model.embed_dim=24 model.depth=2
         model.num_heads=2 pretrain.tissue.minutes_together=0.2 device=cpu precision=float32 report.bootstrap=20""".split()

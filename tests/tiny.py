@@ -1,11 +1,12 @@
 """The tiny pipeline of the tests: its parameters, and the commands that they give. It is run in `conftest.py`, once for all."""
-import os, re, subprocess, sys
+import os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import yaml
 
 from sdmae.pipeline.code import read_notebook, source, write_notebook
 
+ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg",
        "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b.c", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b.c"}
 TINY = """data.tissue.limit=90 data.tissue.image_size=32 data.lesions.limit=150 model.embed_dim=24 model.depth=2 model.num_heads=2
@@ -22,6 +23,17 @@ def sh(folder, *command, fails=False):
     r = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True)
     assert bool(r.returncode) == fails, f"{' '.join(command)} ended with {r.returncode}\n{r.stdout[-6000:]}\n{r.stderr[-6000:]}"
     return r.stdout + r.stderr
+
+
+def copy_of_project(folder):
+    "The project as it stands, committed, with the sample."
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for o in filter(None, listed.split("\0")):
+        if not (ROOT/o).is_file() or o == "dvc.lock" or o.startswith("metrics/"): continue
+        (folder/o).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT/o, folder/o)
+    for o in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "as it stands"]): sh(folder, "git", *o)
+    sh(folder, "dvc", "pull", "data.dvc")
 
 
 def repro(folder, *args):

@@ -9,7 +9,6 @@ __all__ = ['STAGES', 'WITH_PROSE', 'SHOWN', 'encoder_faults', 'budget_faults', '
 
 # %% ../../nbs/pipeline/plan.ipynb #n002
 import json
-from difflib import get_close_matches
 from pathlib import Path
 from ..files import whole
 from ..params import (RECIPES, DataParams, Params, Section, TaskParams, ViewParams, differences, flat, load_params, project_root,
@@ -30,6 +29,7 @@ def encoder_faults(P:Params, name:str)->list[str]: # a line each
     own += network_faults(e.model.arch) if e.method not in ("histogram", "imported") else []
     return [f"encoder.{name}.{fault}" for fault in own + view_faults(section, P.data[e.data])]
 
+# %% ../../nbs/pipeline/plan.ipynb #n017
 def budget_faults(budget)->list[str]:
     "What a budget of images lacks, for any method."
     kind, amount = budget.held
@@ -38,11 +38,12 @@ def budget_faults(budget)->list[str]:
 def network_faults(arch:str)->list[str]:
     "A network that timm does not know."
     if arch == "vit": return []
-    import timm # here, for it takes a while
-    near = get_close_matches(arch, timm.list_models(), 3, 0.5)
-    known = f"; close are {', '.join(near)}"*bool(near)
-    return [] if timm.is_model(arch) else [f"model.arch {arch}: timm has no network of that name{known}"]
+    from sdmae.models.convnet import check_arch # here, for timm takes a while
+    try: check_arch(arch)
+    except ValueError as e: return [str(e)]
+    return []
 
+# %% ../../nbs/pipeline/plan.ipynb #n027
 def train_tiles(data:str)->int|None:
     "Tiles of the training split; None where the data is not prepared."
     manifest = project_root()/store_of(data)/"manifest.json"
