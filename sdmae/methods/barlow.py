@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from pydantic import Field
 from ..params import ModelParams, PretrainParams, Section, ViewParams
-from ..models.heads import mlp
+from ..models.heads import mlp, to_float32
 from ..models.together import gather
-from .masked import to_float32
 from .joint import JointMethod, JointParams, collapse_warning, embedding_std, feature_of
 
 # %% ../../nbs/methods/barlow.ipynb #n005

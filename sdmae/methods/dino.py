@@ -13,9 +13,8 @@ from typing import Literal
 from fastcore.basics import patch
 from pydantic import Field
 from ..params import ModelParams, ViewParams
-from ..models.heads import DistillHead, HeadParams
+from ..models.heads import DistillHead, HeadParams, to_float32
 from ..models.together import mean_of_all
-from .masked import to_float32
 from .joint import (CropParams, JointMethod, by_size, collapse_warning, embedding_std, feature_of, follow, follower,
                                  momentum_at, pair_loss)
 

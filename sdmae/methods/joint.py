@@ -18,7 +18,7 @@ from ..params import EncoderForm, ModelParams, OptimParams, PretrainParams, View
 from ..views.augment import Views, normalize
 from ..models.encoders import build_encoder
 from ..models.together import gather
-from .masked import to_float32
+from ..models.heads import to_float32
 
 # %% ../../nbs/methods/joint.ipynb #n005
 class JointParams(EncoderForm):

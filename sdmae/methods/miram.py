@@ -17,7 +17,8 @@ from ..params import ModelParams, Section
 from ..views.augment import Views, normalize, to_unit, center_resize
 from ..models.vit import position_table, take, xavier_init
 from ..models.decoders import layer_norm, light_blocks
-from .masked import MaskedAutoencoder, paste, structure_r2, to_float32, uncoloured
+from ..models.heads import to_float32
+from .masked import MaskedAutoencoder, paste, structure_r2, uncoloured
 from .mae import MAE, MAEParams
 
 # %% ../../nbs/methods/miram.ipynb #n001

@@ -15,9 +15,8 @@ from fastcore.basics import patch
 from pydantic import Field
 from ..params import ModelParams, PretrainParams, Section
 from ..views.draws import rank_and_world
-from ..models.heads import mlp
+from ..models.heads import mlp, to_float32
 from ..models.together import gather
-from .masked import to_float32
 from .joint import JointMethod, JointParams, collapse_warning, embedding_std, feature_of, follow, follower, momentum_at
 
 # %% ../../nbs/methods/moco.ipynb #n005

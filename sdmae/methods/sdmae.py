@@ -14,8 +14,8 @@ from typing import Literal
 from fastcore.basics import patch
 from pydantic import Field, model_validator
 from ..params import ModelParams, ViewParams
-from ..models.heads import DistillHead, HeadParams, cut_normal
-from .masked import MaskedAutoencoder, MaskedParams, denormalize, pixel_target, structure_r2, to_float32
+from ..models.heads import DistillHead, HeadParams, cut_normal, to_float32
+from .masked import MaskedAutoencoder, MaskedParams, denormalize, pixel_target, structure_r2
 
 # %% ../../nbs/methods/sdmae.ipynb #c005
 def distill_loss(

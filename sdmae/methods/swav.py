@@ -14,8 +14,8 @@ from fastcore.basics import patch
 from pydantic import Field
 from ..params import ModelParams, PretrainParams, Section, ViewParams
 from ..views.draws import rank_and_world
+from ..models.heads import to_float32
 from ..models.together import gather
-from .masked import to_float32
 from .joint import CropParams, JointMethod, JointParams, by_size, collapse_warning, embedding_std, feature_of, pair_loss
 
 # %% ../../nbs/methods/swav.ipynb #n007
