@@ -158,14 +158,14 @@ def checkpoints(root:Path)->Iterator[tuple]:
     "Trainings that were interrupted, or whose results are not safe yet."
     from sdmae.pipeline.sweep import finished
     from sdmae.train.checkpoint import last_good
-    safe = finished(root)
-    done = [p for p in (root/"checkpoints").rglob("*.pt") if p.parent in safe]
+    safe, there = set(finished(root)), {p.with_suffix(".pt"): p for s in (".before", ".pt") for p in (root/"checkpoints").rglob(f"*{s}")}
+    done = [p for file, p in there.items() if file in safe]
     if done:
         yield line(None, f"{len(done)} whose results are safe, {size(sum(p.stat().st_size for p in done))}: they go with the next report")
-    for p in sorted((root/"checkpoints").rglob("*.pt")):
+    for file, p in sorted(there.items()):
         name, n = str(p.relative_to(root)), size(p.stat().st_size)
-        if p.parent not in safe:
-            yield tried(name, lambda p=p: f"{n}, step {last_good(p)[1]['step']}: goes on from here, if parameters, data and code are as "
+        if file not in safe:
+            yield tried(name, lambda p=file: f"{n}, step {last_good(p)[1]['step']}: goes on from here, if parameters, data and code are as "
                                           f"they were",
                         "delete it to start again")
 

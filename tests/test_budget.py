@@ -1,11 +1,9 @@
 "Equal budgets: what is held, what it costs, and that an interrupted training keeps the steps that it began with."
 import json
-from functools import partial
 
-import numpy as np, pytest, torch, yaml
+import pytest, torch, yaml
 
-from sdmae.data.records import Record, Source
-from sdmae.data.store import TileStore, prepare
+from sdmae.data.store import TileStore
 from sdmae.methods.registry import method_of, method_params
 from sdmae.params import OptimParams, compose, parse_params, resolved
 from sdmae.pipeline import pretrain as stage
@@ -14,6 +12,7 @@ from sdmae.pipeline.plan import encoder_faults
 from sdmae.train.batches import Batches
 from sdmae.train.checkpoint import rng_state
 from sdmae.train.engine import Callback, Trainer, lr_at
+from toys import noise_tiles
 
 CPU = torch.device("cpu")
 SMALL = ["only=tissue", "data.tissue.image_size=32", "model.embed_dim=24", "model.depth=2", "model.num_heads=2", "pretrain.tissue.batch_size=8",
@@ -22,12 +21,7 @@ SMALL = ["only=tissue", "data.tissue.image_size=32", "model.embed_dim=24", "mode
 
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory):
-    "Forty tiles of noise, twenty to train on, prepared."
-    folder = tmp_path_factory.mktemp("tiles")
-    noise = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
-    records = [Record(f"{i}.png", "ab"[i//4%2], ("train", "train", "valid", "test")[i%4], "", "", partial(np.copy, noise[i])) for i in range(40)]
-    prepare(Source("noise", records, ["a", "b"], False, []), folder/"tiles", parse_params(compose(SMALL)).data["tissue"])
-    return folder/"tiles"
+    return noise_tiles(tmp_path_factory.mktemp("tiles")/"tiles", parse_params(compose(SMALL)).data["tissue"])
 
 
 def run(folder, tiles, encoder="mae", **held):
@@ -72,7 +66,7 @@ def test_a_search_takes_the_best_rate_of_validation_and_begins_anew(tmp_path, ti
     def look(store, device, precision): return lambda model: dict(valid_knn_balanced_accuracy=[.2, .9, .4][len(seen) - 1])
     monkeypatch.setattr(stage, "feature_watch", look)
     real = stage.trial
-    def noted(r, steps, optim): seen.append((steps, optim.base_lr)); return real(r, steps, optim)
+    def noted(r, steps, planned, optim): seen.append((steps, optim.base_lr)); assert planned == 20; return real(r, steps, planned, optim)
     monkeypatch.setattr(stage, "trial", noted)
     made = run(tmp_path, tiles, epochs=10, search=dict(factors=[0.5, 2, 4], share=0.25))
     base = parse_params(compose(SMALL)).encoders["mae"].section["optim"]["base_lr"]
@@ -136,14 +130,44 @@ def test_a_part_of_an_epoch_goes_on_as_if_nothing_had_happened(tmp_path, tiles):
         assert all(torch.equal(a, state[k]) for k, a in whole.items()) and [r["loss"] for r in again] == [r["loss"] for r in history]
 
 
-def test_steps_counted_once_stay(tmp_path, tiles, monkeypatch):
-    "The second start measures nothing, though the machine is now slower."
+@pytest.mark.parametrize("search", [None, dict(factors=[0.5, 1], share=0.5)])
+def test_steps_counted_once_stay(tmp_path, tiles, monkeypatch, search):
+    "The second start measures nothing, though the machine is now slower: the checkpoints hold the count, those of a trial as well."
+    held = dict(minutes=0.01, search=search, checkpoint_minutes=0)
     monkeypatch.setattr(stage, "step_seconds", lambda trainer: 0.06)
-    monkeypatch.setattr(stage.Trainer, "fit", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt): run(tmp_path, tiles, minutes=0.01)
+    real = stage.Trainer.log_epoch
+    def breaks(self, epoch, *more):
+        if self.step >= 4: raise KeyboardInterrupt
+        return real(self, epoch, *more)
+    monkeypatch.setattr(stage.Trainer, "log_epoch", breaks)
+    with pytest.raises(KeyboardInterrupt): run(tmp_path, tiles, **held)
     monkeypatch.undo()
     monkeypatch.setattr(stage, "step_seconds", lambda trainer: 1/0)
+    files = [f.name for f in tmp_path.rglob("*.pt")]
+    assert len(files) == 1 and ("trial-" in files[0]) == bool(search) and not list(tmp_path.rglob("checkpoints/**/*.json"))
+    made = run(tmp_path, tiles, **held)
+    assert made["steps"] == 10 and sorted(made["checkpoints"]) == sorted(f.name for f in tmp_path.rglob("*.pt")) and len(made["checkpoints"]) == (3 if search else 1)
+
+
+def test_steps_of_another_run_are_not_taken(tmp_path, tiles, monkeypatch):
+    "Of another batch size they are counted anew; of damaged files the training itself tells."
+    monkeypatch.setattr(stage, "step_seconds", lambda trainer: 0.06)
     assert run(tmp_path, tiles, minutes=0.01)["steps"] == 10
+    monkeypatch.setattr(stage, "step_seconds", lambda trainer: 0.03)
+    assert run(tmp_path, tiles, minutes=0.01, batch_size=4)["steps"] == 20 and run(tmp_path, tiles, minutes=0.01)["steps"] == 10
+    for f in [o for end in ("pt", "before") for o in tmp_path.rglob(f"*.{end}")]: f.write_bytes(f.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="cannot be resumed .* delete it to start again"): run(tmp_path, tiles, minutes=0.01)
+
+
+@pytest.mark.parametrize("splits, label, watched", [
+    (("train", "train", "valid", "test"), lambda i: "ab"[i//4%2], True), (("train", "train", "valid", "test"), lambda i: "ab"[i//4%2] if i%4 == 0 else "", False),
+    (("train", "train", "valid", "test"), lambda i: "a" if i%4 == 2 else "ab"[i//4%2], False), (("train", "train", "valid", "test"), lambda i: "", False)])
+def test_knn_is_watched_where_two_classes_are_on_both_sides(tmp_path, splits, label, watched):
+    "Labels in training alone, or of one class in validation, leave RankMe, which a search then asks."
+    tiles = noise_tiles(tmp_path/"tiles", parse_params(compose(SMALL)).data["tissue"], splits, label)
+    made = run(tmp_path, tiles, epochs=4, watch_every=2, search=dict(factors=[0.5, 1], share=0.5))
+    assert ("valid_knn_balanced_accuracy" in made["last"]) == watched and "rankme" in made["last"] and bool(made["labels"]) == watched
+    assert made["search"]["by"] == ("kNN on validation" if watched else "RankMe on validation")
 
 
 def test_a_step_is_timed_without_a_trace(tiles):

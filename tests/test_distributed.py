@@ -17,7 +17,7 @@ from sdmae.train.batches import Batches
 from sdmae.train.engine import Callback, Trainer, pick_device
 from sdmae.pipeline.ingredients import made_of_encoder
 from sdmae.views.draws import rank_and_world
-from toys import Follower
+from toys import Follower, noise_tiles
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -125,6 +125,17 @@ def both(value):
     return values
 
 
+def search(out):
+    "A search of the rate of which one trial is not finite: what it found. Checkpoints come after every step, which is when the first process would see it first."
+    values = compose(["only=tissue", "data.tissue.image_size=32", "model.embed_dim=24", "model.depth=2", "model.num_heads=2", "pretrain.tissue.batch_size=4", "device=cpu", "precision=float32"])
+    values["pretrain"]["tissue"] |= dict(checkpoint_minutes=0, search=dict(factors=[1, 1e30], share=0.5))
+    P, tiles = parse_params(values), out/"tiles"
+    if rank_and_world()[0] == 0: noise_tiles(tiles, P.data["tissue"])
+    if dist.is_initialized(): dist.barrier()
+    r = pretrain.Run(P, "mae", 0, pretrain.open_store(tiles), CPU, None, dict(method="mae", seed=0), out/"searched")
+    return pretrain.searched(r, 22)[1]["search"]
+
+
 def norms():
     "BatchNorms of every kind that a network may have, and rows for them."
     torch.manual_seed(0)
@@ -179,6 +190,8 @@ def program(out):
     t = Trainer(Toy(), b, OptimParams(base_lr=1.), 1, CPU, checkpoint=out/"none.pt")
     t.step = dist.get_rank()
     broken = Trainer(Broken(), b, OptimParams(base_lr=1.), 2, CPU)
+    last = Trainer(Toy(), b, OptimParams(base_lr=1e45), 1, CPU, steps=1, checkpoint=out/"last.pt")
+    seen["search"], seen["last"] = both(search(out)), both([told(last.fit), (out/"last.pt").exists()])
     seen["errors"] = both([told(lambda: Batches(Tiles(), np.arange(40), 9)), told(lambda: Batches(Tiles(), np.arange(40), 8, accumulate=8)), told(t.fit), told(broken.fit), told(lambda: augment.rand_augment(Tiles.images/255, "rand-m9"))])
     if dist.get_rank() == 0: torch.save(seen, out/"seen.pt")
 
@@ -191,7 +204,7 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, out], cwd=ROOT, capture_output=True, text=True,
+    r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, out], cwd=ROOT, capture_output=True, text=True, timeout=900,
                        env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
     assert r.returncode == 0, r.stderr[-6000:]
     return out
@@ -298,6 +311,13 @@ def test_what_processes_refuse(two):
         assert "would go on from steps [0, 1]" in steps and "none.pt must lie on a disk that all machines share" in steps
         assert loss.startswith("FloatingPointError") and "the loss is nan and the norm of the gradient" in loss and "in step 1 of 10 (epoch 1)" in loss
         assert "set pretrain.num_processes to 1" in policy
+
+
+def test_a_trial_that_diverges_ends_in_all_processes_at_once(two, tmp_path):
+    a, b = two["search"]
+    alone = search(tmp_path)
+    assert a == b and a["score"][1] is None and a["score"][0] == pytest.approx(alone["score"][0], abs=0.11) and a["chosen"] == alone["chosen"]
+    for said, kept in two["last"]: assert "is not finite after step 1 of 1" in said and not kept
 
 
 def test_the_first_error_reaches_the_notebook(capfd):

@@ -1,12 +1,14 @@
 """What the pipeline repeats after an edit, and what it does not: a tiny configuration, in a clone of the project."""
-import json, re, subprocess
+import json, re, shutil, subprocess
 
 from sdmae.pipeline.code import read_notebook, source, write_notebook
+from sdmae.views.stain import digest
 from tiny import ENV, TINY, contents, edit_params, kinds, params, repro, saved, sh, will_run
 
 # What it does not repeat
 
 def test_again_does_nothing(work):
+    "But for the plan, which looks at files that DVC does not know."
     before = contents(work)
     assert repro(work) == [] and contents(work) == before
 
@@ -103,6 +105,19 @@ def test_saving_library_notebooks_reruns_nothing(work):
 def test_code_of_a_pipeline_notebook_reruns_its_stages(work):
     saved(work/"nbs"/"pipeline"/"30_probe.ipynb", code="1 + 1")
     assert all("-probe-" in o for o in will_run(work)) and will_run(work)
+
+
+def test_a_file_replaced_where_it_lies_reruns_what_reads_it(work):
+    "Stains fitted anew under the same path; no parameter changed. What the encoder was made of is told by content."
+    file = work/"stain.json"
+    shutil.copy(work/"stores"/"tissue"/"stain.json", file)
+    edit_params(work, encoder__barlow__views=dict(of="tissue", stain=dict(kind="gaussian", file="stain.json")))
+    assert will_run(work) == ["pretrain@tissue-barlow-0"]
+    made = json.loads(file.read_text())
+    made["spaces"]["lab"]["gaussian"]["mean"][0] += 1
+    made.pop("content"); file.write_text(json.dumps(made | dict(content=digest(made))))
+    said = sh(work, "dvc", "repro", "plan")
+    assert "encoders barlow: stain" in said and "encoders mae" not in said
 
 
 def test_another_archive_reruns_what_is_made_of_it(work):

@@ -538,6 +538,22 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert file.exists()
     assert [r["loss"] for r in fit(checkpoint=file)] == [r["loss"] for r in whole] and file.exists()
 
+def test_masks_that_were_turned_are_not_gone_on_with(tmp_path):
+    "Same names, same means, as many pixels of nuclei: by their content they are others."
+    images, masks = tensors([toy_nuclei(i) for i in range(2)])
+    params, file = segment_params(steps=2), tmp_path/"last.pt"
+    first, turned = fit_segmenter(encoder_of(64), images, masks, params, checkpoint=file), [m.flip(1) for m in masks]
+    with pytest.warns(UserWarning, match="another training.batches.images.*this one begins anew"):
+        again = fit_segmenter(encoder_of(64), images, turned, params, checkpoint=file)
+    assert again[1][-1]["loss"] != first[1][-1]["loss"]
+
+def test_a_training_of_then_says_what_it_was_made_under(tmp_path, monkeypatch):
+    import sdmae.evaluate.segment as module
+    images, masks = tensors([toy_nuclei(0)])
+    for now in ("then", "today"):
+        monkeypatch.setattr(module, "circumstances", lambda device, precision: dict(commit=now))
+        assert fit_segmenter(encoder_of(64), images, masks, segment_params(steps=1), checkpoint=tmp_path/"last.pt")[0].under == dict(commit="then")
+
 def test_the_stage(saved, tmp_path, request):
     "The notebook on a small set: what it scores is what it kept, and test slides are never trained on."
     values, name, out = yaml.safe_load((ROOT/"params.yaml").read_text()), f"test_{tmp_path.name}", tmp_path/"out"

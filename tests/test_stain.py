@@ -22,7 +22,7 @@ from sdmae.pipeline.pretrain import run_config
 from sdmae.sample.tissue import CENTRES, make_tile
 from sdmae.views.augment import Views
 from sdmae.views.spaces import DARKEST, STAINS, in_parts, rgb_to_hed
-from sdmae.views.stain import FEWEST, SPACES, Law, Stain, change_stains, describe, fit, fit_law, hed_jitter, in_groups, law_of, main, read_stain, tissue, transfer
+from sdmae.views.stain import FEWEST, SPACES, Law, Stain, change_stains, describe, digest, fit, fit_law, hed_jitter, in_groups, law_of, main, read_stain, tissue, transfer
 
 REAL = Path(__file__).parents[2]/"shared"/"realdata"
 ALL = list(SPACES)
@@ -62,8 +62,9 @@ def edited(file, tmp_path, **changes):
         at = made
         for s in sections: at = at[s]
         at[key] = value
+    made.pop("content")
     out = tmp_path/"edited.json"
-    out.write_text(json.dumps(made))
+    out.write_text(json.dumps(made | dict(content=digest(made))))
     return out
 
 
@@ -410,6 +411,13 @@ def test_a_file_that_is_none(tmp_path):
     with pytest.raises(ValueError, match="a.json is no JSON"): read_stain(params(tmp_path/"a.json"))
     (tmp_path/"a.json").write_text("[1]")
     with pytest.raises(ValueError, match="is no file of stain"): read_stain(params(tmp_path/"a.json"))
+
+
+def test_a_number_that_was_changed_is_noticed(file, tmp_path):
+    made = json.loads(file.read_text())
+    made["spaces"]["lab"]["gaussian"]["mean"][0] *= 0.1
+    (tmp_path/"a.json").write_text(json.dumps(made))
+    with pytest.raises(ValueError, match="a.json is not as it was written, by its checksum: fit it anew"): read_stain(params(tmp_path/"a.json"))
 
 
 def test_a_file_of_another_space(tissues, file, tmp_path):

@@ -323,6 +323,13 @@ def tune(store=Labelled(), task="label", valid=None, callbacks=(), checkpoint=No
     return fit_classifier(encoder, store, np.arange(16), RECIPE.model_copy(update=recipe), callbacks=callbacks, checkpoint=checkpoint, task=task, valid=valid)
 
 
+def test_a_classifier_of_then_says_what_it_was_made_under(tmp_path, monkeypatch):
+    "A finished training that is only scored anew, on another machine or commit, keeps its own circumstances."
+    for now in ("then", "today"):
+        monkeypatch.setattr("sdmae.evaluate.finetune.circumstances", lambda device, precision: dict(commit=now))
+        assert tune(checkpoint=tmp_path/"last.pt")[0].under == dict(commit="then")
+
+
 def test_losses_are_those_by_hand():
     "Balanced weights as scikit-learn's; a weighted mean for classes; negatives over positives for labels."
     torch.manual_seed(0)

@@ -1,11 +1,14 @@
-"A method that asks the engine for everything: views of two sizes, a teacher copy that follows, a queue, a layer frozen for a time."
+"A method that asks the engine for everything: views of two sizes, a teacher copy that follows, a queue, a layer frozen for a time; and tiles of noise."
 from copy import deepcopy
+from functools import partial
 
-import torch
+import numpy as np, torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from sdmae.data.records import Record, Source
+from sdmae.data.store import prepare
 from sdmae.params import OptimParams, ViewParams
 from sdmae.views.augment import Views
 from sdmae.views.draws import rank_and_world
@@ -47,3 +50,11 @@ class Follower(nn.Module):
         new = torch.cat([gathered(rows) for rows in self.pending])
         self.queue.copy_(torch.cat([self.queue, new])[len(new):])
         self.pending = []
+
+
+def noise_tiles(folder, data, splits=("train", "train", "valid", "test"), label=lambda i: "ab"[i//4%2]):
+    "Forty tiles of noise, half of them to train on, prepared as `data` says."
+    noise = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    records = [Record(f"{i}.png", label(i), splits[i%4], "", "", partial(np.copy, noise[i])) for i in range(40)]
+    prepare(Source("noise", records, ["a", "b"], False, []), folder, data)
+    return folder

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm # the common ance
 from timm.data import Mixup
 from timm.optim import param_groups_layer_decay
 from ..params import FinetuneParams
+from ..made import circumstances
 from ..views.augment import MEAN, STD, Views, normalize, to_unit, center_resize
 from ..models.convnet import ConvEncoder
 from ..models.vit import Encoder
@@ -175,7 +176,7 @@ def fit_classifier(
     mean=MEAN, std=STD,     # 3 floats each, as in pre-training
     task:str="label",       # of the store
     valid:np.ndarray|None=None # labelled rows that `select` looks at
-)->tuple[Classifier,list[dict]]: # in evaluation mode; one row of numbers an epoch
+)->tuple[Classifier,list[dict]]: # in evaluation mode, with the circumstances of its training (`under`); a row of numbers an epoch
     "Fine-tune on the given rows; nothing but these and, for `select`, those of `valid` is looked at."
     torch.manual_seed(seed); np.random.seed(seed); random.seed(seed)
     device, classes, n = next(encoder.parameters()).device, store.task(task).classes, encoder.network.num_classes
@@ -187,5 +188,7 @@ def fit_classifier(
     epochs = max(params.epochs, math.ceil(params.min_steps / len(batches)))
     trainer = Trainer(classifier, batches, params.optim, epochs, device, precision, params.accumulate, decay_groups(classifier, params),
                       callbacks=callbacks, checkpoint=checkpoint, made_of=made_of, desc=desc)
+    trainer.under = circumstances(device, precision) # of a training that is complete: those under which it was
     history = trainer.fit()
+    classifier.under = trainer.under
     return classifier.eval(), history

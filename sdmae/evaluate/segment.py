@@ -22,6 +22,8 @@ from ..views.geometry import crop_resize, flip_where, turn
 from ..models.convnet import ConvEncoder
 from ..models.encoders import load_encoder
 from ..models.vit import Encoder
+from ..made import circumstances
+from ..train.checkpoint import content
 from ..train.engine import Trainer, autocast
 from .features import in_eval_mode
 from .statistics import draw_weights, interval
@@ -204,6 +206,8 @@ class Windows:
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.stretch = max(d for d in range(1, max(1, steps//50) + 1) if steps % d == 0)
         self.epochs = steps // self.stretch
+        told = content([self.images, self.masks]).hexdigest()[:12]
+        self.facts = dict(seed=seed, size=size, images=told) # that tell these windows from others
 
     def __len__(self): return self.stretch
 
@@ -260,7 +264,9 @@ def fit_segmenter(
     windows = Windows(images, masks, params.image_size, params.batch_size, params.steps, seed, device)
     trainer = Trainer(segmenter, windows, params.optim, windows.epochs, device, precision, groups=segment_groups(segmenter, params),
                       callbacks=callbacks, checkpoint=checkpoint, made_of=made_of, desc=desc)
+    trainer.under = circumstances(device, precision)
     history = trainer.fit()
+    segmenter.under = trainer.under # of a training that was complete: those under which it was
     return segmenter.eval(), history
 
 # %% ../../nbs/evaluate/segment.ipynb #c036

@@ -231,7 +231,7 @@ def clip(self:Trainer, norm:Tensor):
 def look(self:Trainer):
     "See whether there was trouble, without waiting for a device. Raises `FloatingPointError` as `check_finite`."
     if self.step % LOOK_EVERY == 0 and self.arriving is None:
-        if self.device.type == "cpu": return self.check_finite(self.trouble)
+        if self.device.type == "cpu" or self.world > 1: return self.check_finite(self.trouble) # all processes in the same step
         there = torch.empty(3, pin_memory=True).copy_(self.trouble, non_blocking=True)
         self.arriving = there, torch.cuda.Event()
         self.arriving[1].record()
@@ -313,7 +313,7 @@ def fit(self:Trainer)->list[dict]: # one row of numbers an epoch
         with tqdm(total=total, initial=done, desc=self.desc, unit="img", unit_scale=True, smoothing=0.05, mininterval=1,
                   disable=self.rank > 0) as bar:
             for epoch in range(len(self.history), self.epochs): self.train_epoch(epoch, bar)
-        if self.step > begun: self.save()
+        if self.step > begun: self.check_weights(); self.save()
         for c in self.watching: c.after_fit(self)
     return self.history
 
@@ -330,12 +330,20 @@ def check_start(self:Trainer):
 
 # %% ../../nbs/train/engine.ipynb #s004
 @patch
-def save(self:Trainer):
-    "Save a checkpoint. Weights that are not finite end the run; a disk that is full does not, but is told."
-    if not self.checkpoint or self.rank: return
+def check_weights(self:Trainer):
+    "Raises `FloatingPointError` where a loss, a gradient or a weight was not finite."
     self.check_finite(self.trouble)
     if bad := not_finite(self.model.state_dict()):
         raise FloatingPointError(f"{self.desc}: {bad[0]} is not finite after step {self.step} of {self.steps}. {self.way_out()}")
+
+@patch
+def save(self:Trainer):
+    "Save a checkpoint. Weights that are not finite end the run; a disk that is full does not, but is told."
+    if not self.checkpoint or self.rank: return
+    try: self.check_weights()
+    except FloatingPointError:
+        if self.world > 1: return # raised where all processes look: others would wait for this one
+        raise
     try: save_checkpoint(self.checkpoint, self)
     except (OSError, RuntimeError) as e: # torch's own error of a full disk is a RuntimeError
         warnings.warn(f"{self.desc}: the checkpoint of step {self.step} could not be saved ({e}); the run goes on, and could be taken up "

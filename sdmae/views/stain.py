@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHIFT', 'GLASS', 'BLACK', 'GREY', 'SPACES', 'SHARE', 'GAIN', 'FEWEST', 'EACH', 'FORMAT', 'ANEW', 'need_colour',
            'change_stains', 'hed_jitter', 'tissue', 'hue_from_green', 'from_green', 'Space', 'describe', 'transfer',
-           'Law', 'law_of', 'fit_law', 'check_law', 'read_json', 'read_stain', 'in_groups', 'Stain', 'tiles_of',
-           'gather', 'fit', 'main']
+           'Law', 'law_of', 'fit_law', 'check_law', 'read_json', 'digest', 'read_stain', 'in_groups', 'Stain',
+           'tiles_of', 'gather', 'fit', 'main']
 
 # %% ../../nbs/views/stain.ipynb #n002
 import argparse, hashlib, json, math, sys
@@ -206,7 +206,12 @@ def read_json(path:Path)->dict:
     try: made = json.loads(path.read_text(encoding="utf8"))
     except ValueError as e: raise ValueError(f"{path} is no JSON ({e}): {ANEW}") from e
     if not isinstance(made, dict) or made.get("format") != FORMAT: raise ValueError(f"{path} is no file of stain, {FORMAT!r}: {ANEW}")
+    if made.pop("content", None) != digest(made): raise ValueError(f"{path} is not as it was written, by its checksum: {ANEW}")
     return made
+
+def digest(made:dict)->str:
+    "A checksum of all but itself."
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/views/stain.ipynb #n034
 def read_stain(
@@ -318,9 +323,10 @@ def fit(
         raise ValueError(f"{place}: {counts['used']} tiles have a stain, {FEWEST} are needed (looked at {counts['looked_at']}; skipped: "
                          f"{counts['skipped']}). Give more tiles.")
     laws = {s: dict(space=s) | fit_law(samples[s], components, seed) for s in spaces}
-    write_json(path, dict(format=FORMAT, sdmae=__version__, sklearn=sklearn.__version__, source=found | counts | dict(seed=seed),
-                          rule=dict(glass=GLASS, black=BLACK, grey=GREY, share=SHARE), components=components,
-                          numbers="3 means, 3 natural logarithms of deviations", spaces=laws))
+    made = dict(format=FORMAT, sdmae=__version__, sklearn=sklearn.__version__, source=found | counts | dict(seed=seed),
+                rule=dict(glass=GLASS, black=BLACK, grey=GREY, share=SHARE), components=components,
+                numbers="3 means, 3 natural logarithms of deviations", spaces=laws)
+    write_json(path, made | dict(content=digest(made)))
     return path
 
 # %% ../../nbs/views/stain.ipynb #n048
