@@ -16,7 +16,7 @@ from sdmae.methods.miram import MIRAM, MIRAMParams, Nystrom, NystromParams, fine
 from sdmae.methods.registry import METHODS, build_method, method_class
 from sdmae.methods.sdmae import SDMAE, SDMAEParams, teacher_statistics
 from sdmae.methods.supervised import Supervised, SupervisedParams
-from sdmae.models.decoders import DecoderParams
+from sdmae.models.decoders import Decoder, DecoderParams
 from sdmae.models.heads import HeadParams
 from sdmae.models.encoders import build_encoder
 from sdmae.models.vit import compile_blocks, sincos1d, sincos2d
@@ -187,6 +187,42 @@ def test_distill_token_equals_mean_for_one_visible_token():
     assert m.n_visible == 1
     a, b = m.loss_on(x, *ids)["loss"], n.loss_on(x, *ids)["loss"]
     assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls, params", [(MAE, MAEParams), (SDMAE, SDMAEParams), (MIRAM, MIRAMParams)])
+def test_a_convolution_over_neighbours_begins_as_nothing_and_learns(cls, params):
+    "The same first weights and loss as without it, whatever is drawn later; its gradient is there from the first step, and no encoder keeps it."
+    def made(on):
+        torch.manual_seed(0)
+        return cls(params(decoder=DECODER.model_copy(update=dict(convolution=on)), optim=OPTIM), SHAPE, 48)
+    plain, with_it = made(False), made(True)
+    more = {k for k in with_it.state_dict() if "neighbours" in k}
+    assert len(more) == (4 if cls is MIRAM else 2) and not any(k.startswith("encoder") for k in more)
+    assert all(torch.equal(v, with_it.state_dict()[k]) for k, v in plain.state_dict().items()) and len(plain.state_dict()) + len(more) == len(with_it.state_dict())
+    images = torch.randint(0, 256, (4, 3, 48, 48), dtype=torch.uint8)
+    losses = []
+    for m in (plain, with_it):
+        torch.manual_seed(1); losses.append(m(images)["loss"]); losses[-1].backward()
+    assert torch.allclose(*losses, rtol=1e-6) and all(p.grad.abs().max() > 0 for n, p in with_it.named_parameters() if "neighbours" in n)
+
+
+def test_the_convolution_is_torchs_over_the_grid():
+    "Tokens in any order, class token apart: as a convolution of the image of tokens that is put together by hand."
+    torch.manual_seed(0)
+    d = Decoder(DECODER.model_copy(update=dict(convolution=True)), 3, 48, n_prefix=1)
+    torch.nn.init.normal_(d.neighbours.weight)
+    visible, masked = torch.tensor([[7, 2, 4], [0, 8, 3]]), torch.tensor([[0, 1, 3, 5, 6, 8], [1, 2, 4, 5, 6, 7]])
+    tokens, seen = torch.randn(2, 4, 48), []
+    d.blocks[0].register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+    d(tokens, visible, masked)
+    for b in range(2):
+        places, x = [*visible[b].tolist(), *masked[b].tolist()], d.embed(tokens[b])
+        rows = [x[1 + i] if i < 3 else d.mask_token[0, 0] for i in range(9)]
+        grid = torch.empty(32, 3, 3)
+        for place, row in zip(places, rows): grid[:, place//3, place%3] = row + d.pos_embed[0, 1 + place]
+        after = grid + F.conv2d(grid[None], d.neighbours.weight, d.neighbours.bias, padding=1)[0]
+        assert torch.allclose(seen[0][b, 0], x[0] + d.pos_embed[0, 0], atol=1e-6)
+        for i, place in enumerate(places): assert torch.allclose(seen[0][b, 1 + i], after[:, place//3, place%3], atol=1e-5)
 
 
 def test_release_counts_masked_tokens():

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from ..params import ModelParams, Section
 from ..views.augment import Views, normalize, to_unit, center_resize
 from ..models.vit import position_table, take, xavier_init
-from ..models.decoders import layer_norm, light_blocks
+from ..models.decoders import Neighbours, layer_norm, light_blocks
 from ..models.heads import to_float32
 from .masked import MaskedAutoencoder, paste, structure_r2, uncoloured
 from .mae import MAE, MAEParams
@@ -88,6 +88,7 @@ class ScaleDecoder(nn.Module):
         if params.attention == "nystrom":
             for block in self.blocks: block.attn = Nystrom(d.embed_dim, d.num_heads, params.nystrom)
         xavier_init(self)
+        self.neighbours = Neighbours(d.embed_dim) if d.convolution else None
 
     def forward(self,
         tokens:Tensor # (B, prefix + grid², dim) in reading order, without positions
@@ -95,6 +96,7 @@ class ScaleDecoder(nn.Module):
         p, s = self.n_prefix, self.scale
         fine = tokens[:, p:].unflatten(1, (self.grid, self.grid)).repeat_interleave(s, 1).repeat_interleave(s, 2).flatten(1, 2)
         x = torch.cat([tokens[:, :p], fine], 1) + self.pos_embed
+        if self.neighbours: x = torch.cat([x[:, :p], self.neighbours(x[:, p:])], 1)
         for block in self.blocks: x = block(x)
         return self.norm(x)[:, p:]
 
