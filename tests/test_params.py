@@ -254,7 +254,7 @@ def test_segmentation_that_cannot_be_is_named(change, words):
 
 # What README and guides say to type
 
-PAGES = ("README.md", "nbs/guides/own.ipynb", "nbs/guides/cluster.ipynb")
+PAGES = ("README.md", *(f"nbs/guides/{o}.ipynb" for o in ("own", "cluster", "pipeline", "sets", "weights")))
 
 
 def commands():

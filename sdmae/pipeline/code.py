@@ -51,11 +51,12 @@ def stripped(
     return dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=4)
 
 # %% ../../nbs/pipeline/code.ipynb #c036
+@lru_cache(maxsize=None)
 def imported(
     code:str,         # Python
     module:str="",    # dotted name of the module it is from, for relative imports
     package:bool=False # whether that module is an __init__
-)->set[str]:          # dotted names; `from a import b` gives a and a.b
+)->frozenset[str]:    # dotted names; `from a import b` gives a and a.b
     "What a piece of code imports, at the top and inside functions."
     names = set()
     for node in ast.walk(ast.parse(code)):
@@ -64,7 +65,7 @@ def imported(
             up = module.split(".")[:len(module.split(".")) - node.level + package] if node.level else []
             base = ".".join(up + ([node.module] if node.module else []))
             names |= {base} | {f"{base}.{o.name}" for o in node.names}
-    return names
+    return frozenset(names)
 
 # %% ../../nbs/pipeline/code.ipynb #c039
 def modules_of(

@@ -89,7 +89,7 @@ def data_faults(P:Params)->list[str]:
     "Archives that are not there."
     def way(d):
         if d.adapter in ("folder", "csv"): return "name your images there, as seen from the project's folder, or absolute"
-        return f"put the archives of {d.name!r} there (README, \"The real sets\"), or fetch the sample with `dvc pull data.dvc`"
+        return f"put the archives of {d.name!r} there (nbs/guides/sets.ipynb), or fetch the sample with `dvc pull data.dvc`"
     return [f"data.{name}.path {d.path} does not exist: {way(d)}"
             for name, d in P.data.items() if not (project_root()/d.path).exists()]
 
