@@ -54,6 +54,7 @@ def now(device:torch.device)->float:
     if device.type == "cuda": torch.cuda.synchronize(device)
     return time.perf_counter()
 
+# %% ../../nbs/pipeline/budget.ipynb #y000
 def agreed(value):
     "What the first of several processes says."
     if rank_and_world()[1] == 1: return value

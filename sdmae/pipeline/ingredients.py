@@ -30,6 +30,7 @@ def store_hash(
     files = [f for f in sorted((project_root()/folder).glob("*")) if f.suffix in (".json", ".csv") and f.name != "stain.json"]
     return hashlib.sha256("".join(map(hash_of, files)).encode()).hexdigest() if files else None
 
+# %% ../../nbs/pipeline/ingredients.ipynb #y000
 def tiles_hash(folder:str)->str|None: # as of `store_hash`
     "A hash of what a training without labels sees: the images, and in which split each is."
     manifest, table = (project_root()/folder/f for f in ("manifest.json", "table.csv"))
@@ -82,6 +83,7 @@ def reads_labels(e)->bool: # of the parameters
     "Do labels decide an encoder's numbers? They do for a labelled method, and where a search chooses by them."
     return getattr(method_class(e.method), "labelled", False) or bool(e.pretrain and e.pretrain.search)
 
+# %% ../../nbs/pipeline/ingredients.ipynb #y001
 def made_of_encoder(
     P:Params, name:str,
     folder:str|Path="" # of the prepared data; by default the pipeline's
@@ -110,6 +112,7 @@ def has_labels(data:str, target:str)->bool:
 
 def answered(P:Params, name:str)->bool: return has_labels(P.tasks[name].data, P.tasks[name].target) # of a task
 
+# %% ../../nbs/pipeline/ingredients.ipynb #y002
 def made_of_task(P:Params, name:str, protocol:str)->dict:
     "Everything that decides one protocol on one task, but the encoder; `recipe` is None where it does not apply, as without labels."
     t = P.tasks[name]

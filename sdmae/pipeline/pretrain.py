@@ -71,7 +71,8 @@ def watched_rows(store:TileStore, split:str, n:int)->np.ndarray: # rows, ascendi
 
 def can_watch(store:TileStore)->bool:
     "Are there labels for kNN: of two classes at least, in training and in validation?"
-    return all(len(np.unique(store.targets(store.indices(s, "label")).cpu().numpy())) > 1 for s in ("train", "valid")) if store.classes else False
+    def several(split): return len(store.targets(store.indices(split, "label")).unique()) > 1
+    return bool(store.classes) and several("train") and several("valid")
 
 def knn_watch(
     store:TileStore, x, v,                # features of the labelled tiles below
@@ -158,7 +159,8 @@ def make_trainer(
     "The engine with what a pre-training needs; its checkpoint is found by the run and the trial."
     p, batches = r.budget, make_batches(r.P, r.name, r.seed, model, r.store, r.device)
     torch.manual_seed(r.seed); np.random.seed(r.seed); random.seed(r.seed)
-    own = dict(checkpoint=checkpoint_of(r.out, r.config, trial), checkpoint_minutes=p.checkpoint_minutes, made_of=made_of(r.config) | dict(planned=planned or steps),
+    own = dict(checkpoint=checkpoint_of(r.out, r.config, trial), checkpoint_minutes=p.checkpoint_minutes,
+               made_of=made_of(r.config) | dict(planned=planned or steps),
                desc=f"pre-training {r.name}, seed {r.seed}{', ' if trial else ''}{trial.strip('-')}")
     return Trainer(model, batches, optim, 0, r.device, r.precision, p.accumulate, steps=steps, **own | kwargs)
 

@@ -47,6 +47,7 @@ def finished(
 
 SIDES = (".pt", ".before", ".damaged") # of a checkpoint: itself, the one before it, one that was put aside
 
+# %% ../../nbs/pipeline/sweep.ipynb #y000
 def sweep(root:Path=None):
     "Remove the checkpoints of results that are safe, but for those that a process holds; and folders that are empty then."
     for file in finished(root):

@@ -32,6 +32,7 @@ def texts(
             "threads": of(lambda m: many(m["threads"], "thread") + f", {many(m['processes'], 'process')}"*(m["processes"] > 1)),
             "versions": of(lambda m: ", ".join(f"{k} {v}" for k, v in m["versions"].items()))}
 
+# %% ../../nbs/report/provenance.ipynb #y000
 def circumstances_of(made:dict)->dict[str,str]: # topic → text
     "What the results of a report were made under."
     return {topic: shared(by) for topic, by in texts(made).items()}
@@ -54,14 +55,16 @@ def outdated(
     return [f"{', '.join(labels)} was made of something else than parameters, data and code say now ({text}): "
             "numbers here are those of then; `dvc repro` makes them anew" for text, labels in by.items()]
 
+# %% ../../nbs/report/provenance.ipynb #y001
 def relabelled(
     then:dict, # label of a run → hash of the labels with which it was watched; None: with none
     now:dict   # the same of the labels of today
 )->list[str]:  # a sentence, or none
     "Runs whose kNN was watched with labels that are others today. No training learned from these."
     others = [label for label, told in then.items() if told and told != now[label]]
-    return [f"labels of tiles have changed since {', '.join(others)} was trained: kNN in its curves, and a search that it decided, are of the "
-            "labels of then. Tasks are scored with those of today"]*bool(others)
+    said = (f"labels of tiles have changed since {', '.join(others)} was trained: kNN in its curves, and a search that it decided, are of "
+            "the labels of then. Tasks are scored with those of today")
+    return [said]*bool(others)
 
 # %% ../../nbs/report/provenance.ipynb #n011
 def provenance(

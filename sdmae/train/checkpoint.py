@@ -82,6 +82,7 @@ def not_finite(
     "Names of those that hold nan or infinity."
     return [k for k, v in weights.items() if v.is_floating_point() and not v.isfinite().all()]
 
+# %% ../../nbs/train/checkpoint.ipynb #y000
 def read_checkpoint(path:Path)->dict:
     "A checkpoint's content. Raises `ValueError` where it is damaged, or its weights are not finite."
     try:

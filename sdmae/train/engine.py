@@ -47,6 +47,7 @@ def be_exact():
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = False
 
+# %% ../../nbs/train/engine.ipynb #y000
 def pick_precision(
     name:str,           # "auto", "float32", "bfloat16" or "exact", for which see `be_exact`
     device:torch.device
@@ -68,6 +69,7 @@ def half_cosine(start:float, end:float, share:float)->float:
     "From start to end as share goes from 0 to 1."
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(share, 1)))
 
+# %% ../../nbs/train/engine.ipynb #y001
 def lr_at(
     step:int,         # 0-based
     steps:int,        # in all
@@ -221,6 +223,7 @@ def note(self:Trainer,
 def moving(self:Trainer)->list[nn.Parameter]: # those with a gradient
     return [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
 
+# %% ../../nbs/train/engine.ipynb #y002
 @patch
 def clip(self:Trainer, norm:Tensor):
     "Scale the gradient down to `optim.clip_norm`, where it is longer."
@@ -254,6 +257,7 @@ def check_finite(self:Trainer,
     raise FloatingPointError(f"{self.desc}: the loss is {loss:g} and the norm of the gradient {norm:g} in step {int(step)+1} of "
                              f"{self.steps} (epoch {epoch+1}), at learning rate {lr:.2g}{batch}. {self.way_out()}")
 
+# %% ../../nbs/train/engine.ipynb #y003
 @patch
 def way_out(self:Trainer)->str:
     "What to do after numbers that are not finite."
@@ -273,6 +277,7 @@ def watching(self:Trainer):
 def steps_of(self:Trainer, epoch:int)->int: # all of an epoch's, or what is left for the last
     return min(len(self.batches), self.steps - epoch*len(self.batches))
 
+# %% ../../nbs/train/engine.ipynb #y004
 @patch
 def log_epoch(self:Trainer, epoch:int, lr:float, images_per_s:float):
     "Close the epoch: means, callbacks' numbers, history."
@@ -350,6 +355,7 @@ def save(self:Trainer):
                       "from an earlier one only")
     self.saved = time.monotonic()
 
+# %% ../../nbs/train/engine.ipynb #y005
 @patch
 def maybe_checkpoint(self:Trainer):
     "Save when the last checkpoint is old enough."

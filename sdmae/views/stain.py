@@ -40,6 +40,7 @@ def need_colour(
     if x.shape[1] != 3:
         raise ValueError(f"views.{what} changes stains, and these images are grey (channels: {x.shape[1]}): leave it out, or use od_jitter")
 
+# %% ../../nbs/views/stain.ipynb #y000
 def change_stains(
     x:Tensor,      # (B, 3, H, W) in [0, 1]
     factor:Tensor, # (B, 3, 1, 1) of haematoxylin, eosin, DAB
@@ -82,6 +83,7 @@ def from_green(x:Tensor)->Tensor:
     "The inverse of `hue_from_green`, saturation and value clipped to what there is."
     return hsv_to_rgb(torch.cat([x[:, :1] + 1/3, x[:, 1:].clamp(0, 1)], 1))
 
+# %% ../../nbs/views/stain.ipynb #y001
 @dataclass(frozen=True)
 class Space:
     "A colour space that statistics are taken in."
@@ -209,6 +211,7 @@ def read_json(path:Path)->dict:
     if made.pop("content", None) != digest(made): raise ValueError(f"{path} is not as it was written, by its checksum: {ANEW}")
     return made
 
+# %% ../../nbs/views/stain.ipynb #y002
 def digest(made:dict)->str:
     "A checksum of all but itself."
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
