@@ -1998,4 +1998,5 @@ d = { 'settings': { 'branch': 'main',
                                    'sdmae.views.stain.read_stain': ('views/stain.html#read_stain', 'sdmae/views/stain.py'),
                                    'sdmae.views.stain.tiles_of': ('views/stain.html#tiles_of', 'sdmae/views/stain.py'),
                                    'sdmae.views.stain.tissue': ('views/stain.html#tissue', 'sdmae/views/stain.py'),
-                                   'sdmae.views.stain.transfer': ('views/stain.html#transfer', 'sdmae/views/stain.py')}}}
+                                   'sdmae.views.stain.transfer': ('views/stain.html#transfer', 'sdmae/views/stain.py'),
+                                   'sdmae.views.stain.write_stain': ('views/stain.html#write_stain', 'sdmae/views/stain.py')}}}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHIFT', 'GLASS', 'BLACK', 'GREY', 'SPACES', 'SHARE', 'GAIN', 'FEWEST', 'EACH', 'FORMAT', 'ANEW', 'need_colour',
            'change_stains', 'hed_jitter', 'tissue', 'hue_from_green', 'from_green', 'Space', 'describe', 'transfer',
-           'Law', 'law_of', 'fit_law', 'check_law', 'read_json', 'digest', 'read_stain', 'in_groups', 'Stain',
-           'tiles_of', 'gather', 'fit', 'main']
+           'Law', 'law_of', 'fit_law', 'check_law', 'read_json', 'digest', 'write_stain', 'read_stain', 'in_groups',
+           'Stain', 'tiles_of', 'gather', 'fit', 'main']
 
 # %% ../../nbs/views/stain.ipynb #n002
 import argparse, hashlib, json, math, sys
@@ -216,6 +216,13 @@ def digest(made:dict)->str:
     "A checksum of all but itself."
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
+def write_stain(
+    path:Path,
+    made:dict # as `fit` makes it
+):
+    "A file of stain, with its checksum."
+    write_json(path, made | dict(content=digest(made)))
+
 # %% ../../nbs/views/stain.ipynb #n034
 def read_stain(
     params:StainParams
@@ -329,7 +336,7 @@ def fit(
     made = dict(format=FORMAT, sdmae=__version__, sklearn=sklearn.__version__, source=found | counts | dict(seed=seed),
                 rule=dict(glass=GLASS, black=BLACK, grey=GREY, share=SHARE), components=components,
                 numbers="3 means, 3 natural logarithms of deviations", spaces=laws)
-    write_json(path, made | dict(content=digest(made)))
+    write_stain(path, made)
     return path
 
 # %% ../../nbs/views/stain.ipynb #n048
