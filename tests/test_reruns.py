@@ -124,6 +124,7 @@ def test_another_archive_reruns_what_is_made_of_it(work):
     "Other lesions: their preparation, their encoders, their evaluations; nothing on tissue."
     edit_params(work, data__lesions__limit=140)
     assert repro(work, "--dry")[:2] == ["check", "prepare@lesions"]
+    sh(work, "dvc", "repro", "plan")
     again = will_run(work)
     assert kinds(again) == {"lesions_pretrain", "lesions_evaluate"}
 
