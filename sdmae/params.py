@@ -7,11 +7,12 @@ __all__ = ['Text', 'Strengths', 'HELD', 'Readout', 'Labels', 'RECIPES', 'NAMED',
            'CBISParams', 'MasksParams', 'DataParams', 'ModelParams', 'StainParams', 'strengths', 'ColourParams',
            'ViewParams', 'OptimParams', 'EncoderForm', 'merged', 'flat', 'differences', 'meant', 'resolved',
            'SearchParams', 'BudgetParams', 'PretrainParams', 'FewShotParams', 'ShiftParams', 'ProbeParams',
-           'FinetuneParams', 'SegmentParams', 'ReportParams', 'TaskParams', 'EncoderParams', 'CompareParams', 'Params',
-           'typed', 'with_views', 'with_stain', 'task_of', 'model_of', 'held_in', 'budget_of', 'encoder_of',
-           'faults_of', 'faults_of_names', 'lists_of', 'faults_of_comparison', 'store_of', 'stain_of', 'run_of',
-           'eval_of', 'in_quotes', 'readable', 'composed', 'first_fault', 'groups_of', 'why_not', 'compose',
-           'field_names', 'explain', 'parse_params', 'PlainLoader', 'read_yaml', 'load_params', 'edited', 'main']
+           'FinetuneParams', 'DenseParams', 'SegmentParams', 'PostParams', 'NucleiParams', 'ReportParams', 'TaskParams',
+           'EncoderParams', 'CompareParams', 'Params', 'typed', 'with_views', 'with_stain', 'task_of', 'model_of',
+           'held_in', 'budget_of', 'encoder_of', 'faults_of', 'faults_of_names', 'lists_of', 'faults_of_comparison',
+           'store_of', 'stain_of', 'run_of', 'eval_of', 'in_quotes', 'readable', 'composed', 'first_fault', 'groups_of',
+           'why_not', 'compose', 'field_names', 'explain', 'parse_params', 'PlainLoader', 'read_yaml', 'load_params',
+           'edited', 'main']
 
 # %% ../nbs/params.ipynb #c002
 import re, sys
@@ -426,17 +427,14 @@ class FinetuneParams(Section):
         return self
 
 # %% ../nbs/params.ipynb #c038
-class SegmentParams(Section):
-    "Segmentation of nuclei: UPerNet on the encoder, as in SD-MAE's release."
+class DenseParams(Section):
+    "What is asked of every pixel: a decoder on the encoder's maps, trained on windows."
     image_size:int = Field(512, ge=8)                   # px of training crops and of the window
     stride:int = Field(341, ge=1)                       # of the window, px
-    steps:int = Field(20000, ge=1)
     batch_size:int = Field(12, ge=2)
-    optim:OptimParams = OptimParams(base_lr=4e-4*256/12, betas=(0.9, 0.999)) # 4e-4 at 12 images
     layer_decay:float = Field(0.65, gt=0, le=1)         # of an encoder that was pre-trained
     blocks:list[int] = Field([3, 5, 7, 11], min_length=4, max_length=4) # 0-based, whose tokens feed the decoder
     channels:int = Field(256, ge=8)                     # of the decoder
-    aux_weight:float = Field(0.4, ge=0)                 # of the auxiliary head's loss
     views:ViewParams = ViewParams(scale=(0.25, 1.), interpolation="bilinear", vflip=True, rot90=True)
 
     @model_validator(mode="after")
@@ -448,6 +446,37 @@ class SegmentParams(Section):
         if self.stride > self.image_size: raise ValueError(f"stride {self.stride} leaves gaps between windows of {self.image_size} px")
         return self
 
+# %% ../nbs/params.ipynb #c09a655
+class SegmentParams(DenseParams):
+    "Nucleus or not, of every pixel: UPerNet on the encoder, as in SD-MAE's release."
+    steps:int = Field(20000, ge=1)
+    optim:OptimParams = OptimParams(base_lr=4e-4*256/12, betas=(0.9, 0.999)) # 4e-4 at 12 images
+    aux_weight:float = Field(0.4, ge=0)                 # of the auxiliary head's loss
+
+# %% ../nbs/params.ipynb #ca6c6a3
+class PostParams(Section):
+    "How maps become nuclei."
+    threshold:float = Field(0.5, gt=0, lt=1) # probability above which a pixel is nucleus
+    energy:float = Field(0.1, gt=0, lt=1)    # share of the step between touching nuclei above which a pixel parts them
+    smooth:float = Field(1., gt=0)           # px, of the derivative
+    min_size:int = Field(10, ge=0)           # px², smaller nuclei and markers are dropped
+    choose:bool = True                       # threshold and energy on validation images, from the same few for every encoder
+
+# %% ../nbs/params.ipynb #cb1be12
+class NucleiParams(DenseParams):
+    "Nuclei one by one: HoVer-Net's three branches on the encoder; frozen first, then with it."
+    labels:list[Labels] = Field(["all"], min_length=1)  # of the annotated images
+    frozen_steps:int = Field(2000, ge=0)                # of the decoders alone
+    steps:int = Field(2000, ge=0)                       # then of decoders and encoder
+    optim:OptimParams = OptimParams(name="adam", base_lr=1e-4*256/12, betas=(0.9, 0.999), weight_decay=0.) # 1e-4 at 12 images
+    valid_fraction:float = Field(0.2, gt=0, lt=0.5)     # of the training slides, on which thresholds are chosen
+    post:PostParams = PostParams()
+
+    @model_validator(mode="after")
+    def _steps(self):
+        if not self.frozen_steps + self.steps: raise ValueError("frozen_steps and steps are both 0: nothing would be trained")
+        return self
+
 # %% ../nbs/params.ipynb #c039
 class ReportParams(Section):
     "Statistics of the report."
@@ -455,7 +484,7 @@ class ReportParams(Section):
     tsne_tiles:int = Field(1000, ge=10)     # test tiles drawn, at most
 
 # %% ../nbs/params.ipynb #c041
-RECIPES = dict(probe="probe", finetune="finetune", linear_sgd="finetune", segment="segment") # protocol → section that holds its recipes
+RECIPES = dict(probe="probe", finetune="finetune", linear_sgd="finetune", segment="segment", nuclei="nuclei") # protocol → section that holds its recipes
 
 class TaskParams(Section):
     "What is asked of which data, and by which recipes; None: the protocol does not apply."
@@ -464,7 +493,8 @@ class TaskParams(Section):
     probe:ProbeParams|None = None           # frozen features
     finetune:FinetuneParams|None = None     # the whole encoder
     linear_sgd:FinetuneParams|None = None   # the linear probe as released
-    segment:SegmentParams|None = None       # nuclei
+    segment:SegmentParams|None = None       # nucleus or not
+    nuclei:NucleiParams|None = None         # nuclei one by one
 
 # %% ../nbs/params.ipynb #c042
 class EncoderParams(Section):
@@ -494,7 +524,7 @@ class Params(Section):
     "The whole of `params.yaml`."
     reports:list[str] = Field(min_length=1)
     compare:dict[str,CompareParams]
-    protocols:list[Literal["probe","finetune","linear_sgd","segment"]] = Field(min_length=1)
+    protocols:list[Literal["probe","finetune","linear_sgd","segment","nuclei"]] = Field(min_length=1)
     seeds:list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]] = Field(min_length=1)
     data:dict[str,DataParams]
     task:dict[str,dict]
@@ -505,6 +535,7 @@ class Params(Section):
     probe:dict[str,dict]
     finetune:dict[str,dict]
     segment:dict[str,dict] = {}
+    nuclei:dict[str,dict] = {}
     report:ReportParams = ReportParams()
     device:str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")  # "auto": CUDA when there is one
     precision:Literal["auto","float32","bfloat16","exact"] = "auto" # "auto": bfloat16 where the device is built for it
@@ -551,7 +582,8 @@ def with_stain(
 # %% ../nbs/params.ipynb #n000
 def task_of(P:Params, name:str)->TaskParams:
     "A task with its recipes. Raises `ValueError` naming what does not fit."
-    values, sections = resolved("task", P.task, name), dict(probe=ProbeParams, finetune=FinetuneParams, segment=SegmentParams)
+    values = resolved("task", P.task, name)
+    sections = dict(probe=ProbeParams, finetune=FinetuneParams, segment=SegmentParams, nuclei=NucleiParams)
     def recipe(protocol, of):
         kind = RECIPES[protocol]
         own = with_stain(with_views(P.views, resolved(kind, getattr(P, kind), of)), values.get("data", ""))
@@ -616,7 +648,7 @@ def faults_of(P:Params)->list[str]:
     return faults + [fault for study in P.compare for fault in faults_of_comparison(P, study)]
 
 # %% ../nbs/params.ipynb #n006
-NAMED = ("data", "encoder", "task", "compare", "views", "pretrain", "probe", "finetune", "segment") # sections whose keys are names
+NAMED = ("data", "encoder", "task", "compare", "views", "pretrain", "probe", "finetune", "segment", "nuclei") # sections whose keys are names
 
 def faults_of_names(P:Params)->list[str]:
     "Names that cannot be those of folders and stages, or that have a meaning already. Some become part of a command of the shell."

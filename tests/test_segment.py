@@ -379,7 +379,7 @@ def test_layer_decay(decay):
         assert weight_decay[name] == (0.05 if dict(segmenter.named_parameters())[name].ndim > 1 else 0.), name
 
 @pytest.mark.parametrize("change, message", [
-    (dict(blocks=[0, 1, 2, 4]), r"segment.blocks \[0, 1, 2, 4\] must rise within 0 … 3"), (dict(blocks=[0, 2, 1, 3]), "must rise"),
+    (dict(blocks=[0, 1, 2, 4]), r"blocks \[0, 1, 2, 4\] must rise within 0 … 3"), (dict(blocks=[0, 2, 1, 3]), "must rise"),
     (dict(blocks=[0, 0, 1, 2]), "must rise"), (dict(blocks=[-1, 0, 1, 2]), "must rise"), (dict(image_size=48), "48 is not divisible by 32"), (dict(image_size=96), "built for 64 px")])
 def test_faulty_parameters(change, message):
     params = segment_params().model_copy(update=change)
@@ -458,7 +458,7 @@ def test_overlaps_are_averaged(shape):
 
 @pytest.mark.parametrize("stride", [0, 65, -3])
 def test_gaps_are_refused(stride):
-    with pytest.raises(ValueError, match=f"segment.stride {stride}"): starts(200, 64, stride)
+    with pytest.raises(ValueError, match=f"stride {stride}"): starts(200, 64, stride)
 
 
 # Scores
