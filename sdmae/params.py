@@ -58,8 +58,10 @@ class CBISParams(Section):
     strict:bool = False                                     # drop the patients that train and test share when mass and calc are pooled
 
 class MasksParams(Section):
-    "Images with masks of nuclei."
+    "Annotated nuclei."
+    layout:Literal["pairs","consep","pannuke","xml","geojson"] = "pairs" # images/ and masks/, or as a publisher ships them
     group:str = r"^([^_]+)_"                                # regular expression: its first group in a file's name is the slide
+    mpp:float|None = Field(None, gt=0)                      # µm a pixel, where it is known
 
 # %% ../nbs/params.ipynb #c011
 class DataParams(Section):
@@ -466,6 +468,7 @@ class PostParams(Section):
 class NucleiParams(DenseParams):
     "Nuclei one by one: HoVer-Net's three branches on the encoder; frozen first, then with it."
     labels:list[Labels] = Field(["all"], min_length=1)  # of the annotated images
+    variants:bool = True                                # of a method: judged as well
     frozen_steps:int = Field(2000, ge=0)                # of the decoders alone
     steps:int = Field(2000, ge=0)                       # then of decoders and encoder
     optim:OptimParams = OptimParams(name="adam", base_lr=1e-4*256/12, betas=(0.9, 0.999), weight_decay=0.) # 1e-4 at 12 images
@@ -484,7 +487,8 @@ class ReportParams(Section):
     tsne_tiles:int = Field(1000, ge=10)     # test tiles drawn, at most
 
 # %% ../nbs/params.ipynb #c041
-RECIPES = dict(probe="probe", finetune="finetune", linear_sgd="finetune", segment="segment", nuclei="nuclei") # protocol → section that holds its recipes
+# protocol → section that holds its recipes
+RECIPES = dict(probe="probe", finetune="finetune", linear_sgd="finetune", segment="segment", nuclei="nuclei")
 
 class TaskParams(Section):
     "What is asked of which data, and by which recipes; None: the protocol does not apply."
@@ -648,7 +652,7 @@ def faults_of(P:Params)->list[str]:
     return faults + [fault for study in P.compare for fault in faults_of_comparison(P, study)]
 
 # %% ../nbs/params.ipynb #n006
-NAMED = ("data", "encoder", "task", "compare", "views", "pretrain", "probe", "finetune", "segment", "nuclei") # sections whose keys are names
+NAMED = ("data", "encoder", "task", "compare", "views", "pretrain", *dict.fromkeys(RECIPES.values())) # sections whose keys are names
 
 def faults_of_names(P:Params)->list[str]:
     "Names that cannot be those of folders and stages, or that have a meaning already. Some become part of a command of the shell."
