@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['pack', 'unpack', 'dice_loss', 'nucleus_loss', 'type_loss', 'slopes', 'distance_loss', 'Branch', 'HoverNet',
-           'train_phase', 'fit_nuclei', 'predict_maps', 'predict_nuclei']
+           'train_phase', 'fit_nuclei', 'predict_maps', 'predict_nuclei', 'save_nuclei', 'load_nuclei']
 
 # %% ../../nbs/evaluate/hovernet.ipynb #k002
+import json
+from pathlib import Path
 import numpy as np
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
-from timm.optim import param_groups_weight_decay
-from ..params import NucleiParams
+from safetensors.torch import load_file, save_file
+from ..params import NucleiParams, PostParams
+from ..files import whole, write_json
 from ..made import circumstances
+from ..models.encoders import configured
 from ..views.augment import MEAN, STD, to_unit
 from ..train.engine import Trainer, autocast
 from .features import in_eval_mode
@@ -209,3 +213,40 @@ def predict_nuclei(
     if not len(kinds): return found, {}, np.hstack([sure, np.full_like(sure, np.nan)])
     each = mean_within(found, kinds)
     return found, {i + 1: int(k) + 1 for i, k in enumerate(each.argmax(1))}, np.hstack([sure, each.max(1, keepdims=True)])
+
+# %% ../../nbs/evaluate/hovernet.ipynb #cbded85
+def save_nuclei(
+    folder:str|Path,  # made where missing
+    model:HoverNet,
+    encoder:dict,     # its configuration
+    params:NucleiParams, post:PostParams,
+    type_names:dict,  # type → name
+    mpp:float|None=None # µm a pixel that it was trained at
+):
+    "Write `nuclei.safetensors` and `nuclei.json`."
+    folder = Path(folder)
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    with whole(folder/"nuclei.safetensors") as part: save_file(state, part)
+    write_json(folder/"nuclei.json", dict(encoder=encoder, params=params.model_dump(mode="json"), post=post.model_dump(), mpp=mpp,
+                                          types=type_names, mean=list(model.mean), std=list(model.std)))
+
+# %% ../../nbs/evaluate/hovernet.ipynb #c3edcdb
+def load_nuclei(
+    folder:str|Path, # as written by `save_nuclei`, or the evaluation's folder above it
+    device="cpu"
+)->tuple[HoverNet,NucleiParams,PostParams,dict]: # in evaluation mode; recipe, thresholds, the whole configuration
+    "A trained network. Raises `FileNotFoundError`, and `ValueError` where its files do not fit together."
+    folder = Path(folder)
+    folder = folder/"model" if (folder/"model").is_dir() else folder
+    if not (folder/"nuclei.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no network for nuclei (nuclei.json): the stage evaluate with the protocol nuclei makes one")
+    try:
+        made = json.loads((folder/"nuclei.json").read_text(encoding="utf8"))
+        types, params, post = {int(k): v for k, v in made["types"].items()}, NucleiParams(**made["params"]), PostParams(**made["post"])
+        encoder = configured(made["encoder"])
+        encoder.image_size = params.image_size
+        model = HoverNet(encoder, params, made["mean"], made["std"], len(types))
+        model.load_state_dict(load_file(folder/"nuclei.safetensors"))
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError) as e:
+        raise ValueError(f"{folder}: nuclei.json and nuclei.safetensors do not fit together, or are damaged ({str(e)[:300]})") from e
+    return model.to(device).eval(), params, post, made | dict(types=types)

@@ -14,7 +14,8 @@ from numpy.random import Generator
 from scipy.io import savemat
 from ..data.records import SYNTHETIC
 from ..files import whole
-from .tissue import CENTRES, TEST_CENTRE, Centre, add, concentrations, depths, jittered_stains, photograph, smooth, spread, stroma
+from .tissue import (CENTRES, TEST_CENTRE, Centre, add, concentrations, depths, jittered_stains, photograph, smooth, spread,
+                                 stroma)
 
 # %% ../../nbs/sample/nuclei.ipynb #k005
 TYPES = {1: "miscellaneous", 2: "inflammatory", 3: "epithelial", 4: "spindle-shaped"}
@@ -60,7 +61,8 @@ def mat_bytes(instances:np.ndarray, types:dict)->bytes:
     "A MATLAB file with CoNSeP's variables; the same bytes each time."
     kinds = np.array([0, *({4: 5}.get(t, t) for t in types.values())])
     centre = lambda i: [o.mean() for o in np.nonzero(instances == i)[::-1]]
-    found = dict(inst_map=instances.astype(np.uint16), type_map=kinds[instances].astype(np.uint8), inst_type=kinds[1:, None].astype(np.uint8),
+    found = dict(inst_map=instances.astype(np.uint16), type_map=kinds[instances].astype(np.uint8),
+                 inst_type=kinds[1:, None].astype(np.uint8),
                  inst_centroid=np.array([centre(i) for i in types]).reshape(-1, 2).astype(np.float32))
     buffer = io.BytesIO()
     savemat(buffer, found, do_compression=True)
