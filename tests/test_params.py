@@ -248,7 +248,7 @@ def test_a_faulty_variant_is_named(variant, words):
 @pytest.mark.parametrize("change, words", [
     (dict(blocks=[3, 2, 5, 7]), "segment.upernet: blocks must rise"), (dict(image_size=500), "not divisible by 32"), (dict(stride=600), "leaves gaps"), (dict(views=dict(of="tissue", rotate=5.0)), "masks are not turned")])
 def test_segmentation_that_cannot_be_is_named(change, words):
-    values = compose(["experiment=nuclei"]); values["segment"]["upernet"] |= change
+    values = compose(["experiment=upernet"]); values["segment"]["upernet"] |= change
     assert words in faults(values)
 
 

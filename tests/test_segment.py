@@ -216,7 +216,7 @@ def flipped(path, at=-200):
 
 @pytest.mark.parametrize("damage, error, message", [
     (lambda o: flipped(o/"images.npz"), ValueError, "images.npz is not as it was written"), (lambda o: flipped(o/"table.csv", -3), ValueError, "table.csv is not as it was written"), (lambda o: (o/"table.csv").unlink(), FileNotFoundError, "table.csv is missing"),
-    (lambda o: (o/"manifest.json").write_text("{"), ValueError, "manifest.json: damaged"), (lambda o: (o/"manifest.json").write_text('{"sha256": "x", "name": "x"}'), ValueError, "not as it was written"),
+    (lambda o: (o/"manifest.json").write_text("{"), ValueError, "manifest.json: damaged"), (lambda o: (o/"manifest.json").write_text('{"sha256": "x", "name": "x", "types": {}}'), ValueError, "not as it was written"),
     (lambda o: (o/"manifest.json").write_text("{}"), ValueError, "of an earlier version. Run the stage prepare again"), (lambda o: shutil.rmtree(o), FileNotFoundError, "holds no prepared images")])
 def test_a_prepared_set_that_changed(tmp_path, damage, error, message):
     place = put(tmp_path/"set", files(4, slides=("NA", "B")))

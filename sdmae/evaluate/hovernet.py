@@ -239,7 +239,7 @@ def load_nuclei(
     folder = Path(folder)
     folder = folder/"model" if (folder/"model").is_dir() else folder
     if not (folder/"nuclei.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no network for nuclei (nuclei.json): the stage evaluate with the protocol nuclei makes one")
+        raise FileNotFoundError(f"{folder} holds no network for nuclei (nuclei.json): the protocol nuclei leaves one in its evaluation")
     try:
         made = json.loads((folder/"nuclei.json").read_text(encoding="utf8"))
         types, params, post = {int(k): v for k, v in made["types"].items()}, NucleiParams(**made["params"]), PostParams(**made["post"])

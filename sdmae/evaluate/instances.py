@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMPTY', 'AVERAGES', 'TYPED', 'numbered', 'Overlap', 'overlap', 'of_type', 'ious', 'fitting', 'quality', 'aji',
            'joined', 'aji_plus', 'mean_over', 'Counted', 'count', 'ratio', 'scores_of', 'typed_scores', 'nanmean',
-           'flat_scores', 'instance_scores', 'conventions', 'rankings']
+           'flat_scores', 'instance_scores', 'scores_from', 'conventions', 'rankings']
 
 # %% ../../nbs/evaluate/instances.ipynb #k002
 from dataclasses import dataclass
@@ -220,12 +220,17 @@ def instance_scores(
     n:int=1000, seed:int=0 # draws of the bootstrap
 )->dict:                  # scores, and `intervals` (empty with fewer than two slides)
     "All scores by one convention, with 95 % intervals over slides or images. Raises as `count`."
-    names = list((type_names or {}).values())
     c = count(truths, preds, true_types, pred_types, tuple(type_names or ()))
-    of = lambda w: flat_scores(c, w, names, average, order, empty)
-    scores = {k: float(v[0]) for k, v in of(np.ones((len(truths), 1))).items()}
-    if len(truths if groups is None else set(groups)) < 2: return scores | dict(intervals={})
-    drawn = [of(w.astype(float)) for w in draw_weights(len(truths), n, groups, seed)]
+    return scores_from(c, list((type_names or {}).values()), groups, average, order, empty, n, seed)
+
+def scores_from(
+    c:Counted, names:list, groups=None, average:str="images", order:str="images", empty:str="skip", n:int=1000, seed:int=0
+)->dict: # as `instance_scores`
+    "The scores of what was counted."
+    of, m = lambda w: flat_scores(c, w, names, average, order, empty), len(c.fits)
+    scores = {k: float(v[0]) for k, v in of(np.ones((m, 1))).items()}
+    if (m if groups is None else len(set(groups))) < 2: return scores | dict(intervals={})
+    drawn = [of(w.astype(float)) for w in draw_weights(m, n, groups, seed)]
     values = {k: np.concatenate([d[k] for d in drawn]) for k in scores}
     return scores | dict(intervals={k: interval(v) for k, v in values.items() if not np.isnan(v).all()})
 

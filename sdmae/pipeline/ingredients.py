@@ -98,7 +98,7 @@ def made_of_encoder(
                 device=P.device, precision=P.precision, code=code_of_encoder(e.method))
 
 # %% ../../nbs/pipeline/ingredients.ipynb #n012
-NOTEBOOKS = dict(probe="30_probe", finetune="40_finetune", linear_sgd="40_finetune", segment="50_segment") # of each protocol
+NOTEBOOKS = dict(probe="30_probe", finetune="40_finetune", linear_sgd="40_finetune", segment="50_segment", nuclei="55_nuclei")
 
 def code_of_protocol(protocol:str)->dict[str,str]: # file → hash
     "The code of a protocol's notebook, and what it imports."

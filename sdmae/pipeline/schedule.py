@@ -39,6 +39,8 @@ def evaluation(P:Params, study:str, encoder:str, protocol:str, task:str)->float:
     e, recipe = P.encoders[encoder], getattr(P.tasks[task], protocol)
     if not recipe or protocol != "probe" and e.method in PROBED_ONLY: return 1.
     if not getattr(recipe, "variants", True) and report_names(P, study)[encoder]["of"]: return 1.
+    if protocol == "nuclei": # decoders cost more than a small encoder
+        return seconds(P, encoder, 4*len(recipe.labels)*(recipe.frozen_steps + recipe.steps)*recipe.batch_size)
     if protocol != "finetune": return START
     passes = [max(recipe.epochs*(train_tiles(P.tasks[task].data) or 1000), recipe.min_steps*recipe.batch_size) for _ in recipe.labels]
     return seconds(P, encoder, sum(passes)*(1 + recipe.scratch_factor if e.method == "random" else 1))

@@ -16,12 +16,14 @@ from fastcore.basics import patch
 from matplotlib.colors import to_hex, to_rgb
 
 # %% ../../nbs/report/names.ipynb #n005
-PROTOCOLS = {"linear": "linear probe", "linear_sgd": "linear probe (SGD)", "knn": "kNN", "finetune": "fine-tuned"}
+PROTOCOLS = {"linear": "linear probe", "linear_sgd": "linear probe (SGD)", "knn": "kNN", "finetune": "fine-tuned",
+             "nuclei_frozen": "nuclei, frozen encoder", "nuclei": "nuclei, fine-tuned"}
 METRIC_NAMES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_auc": "macro AUC", "macro_f1": "macro F1",
                 "ece": "ECE", "macro_ap": "macro AP", "micro_ap": "micro AP", "micro_auc": "micro AUC",
                 "released_macro_ap": "macro AP (as released)", "released_macro_auc": "macro AUC (as released)",
                 "nll": "NLL, nats", "brier": "Brier score", "adaptive_ece": "adaptive ECE", "classwise_ece": "classwise ECE",
-                "miou": "mIoU", "iou_nucleus": "IoU of nuclei", "dice": "Dice of nuclei"}
+                "miou": "mIoU", "iou_nucleus": "IoU of nuclei", "dice": "Dice of nuclei",
+                "pq": "PQ", "dq": "DQ", "sq": "SQ", "aji": "AJI", "aji_plus": "AJI+", "mpq": "mPQ"}
 
 # %% ../../nbs/report/names.ipynb #n006
 def sort_key(

@@ -284,7 +284,8 @@ def load_pairs(
     try: manifest = json.loads((folder/"manifest.json").read_text(encoding="utf8"))
     except ValueError as e: raise ValueError(f"{folder/'manifest.json'}: damaged ({e}). Run the stage prepare again.") from e
     for f, key in (("images.npz", "sha256"), ("table.csv", "table")):
-        if key not in manifest or "types" not in manifest: raise ValueError(f"{folder/'manifest.json'} is of an earlier version. Run the stage prepare again.")
+        if not {key, "types"} <= manifest.keys():
+            raise ValueError(f"{folder/'manifest.json'} is of an earlier version. Run the stage prepare again.")
         if sha256(folder/f) != manifest[key]: raise ValueError(f"{folder/f} is not as it was written. Run the stage prepare again.")
     arrays, table = np.load(folder/"images.npz"), pd.read_csv(folder/"table.csv", dtype=str, keep_default_na=False)
     def pair(i, r):

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CONSEP', 'MERGED', 'PANNUKE', 'LAYOUTS', 'partners', 'split_in', 'mat_of', 'consep_types', 'read_consep',
            'merged_channels', 'read_pannuke', 'xml_mask', 'read_outlines', 'read_corrections', 'read_nuclei',
-           'check_shapes', 'how_counted']
+           'check_shapes', 'split_pairs', 'few_images', 'how_counted']
 
 # %% ../../nbs/sources/nuclei.ipynb #k002
-import io, re
+import io
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
@@ -16,7 +17,7 @@ import numpy as np
 from scipy.io import loadmat
 from ..params import MasksParams
 from ..data.records import Unfit, list_files, named, read_bytes, read_image
-from .masks import Pair, check_overflow, instances, pair_notes, read_pairs, slide_of
+from .masks import Pair, check_overflow, instances, pair_notes, read_pairs, slide_of, split_by_group
 from .polygons import fill, read_geojson
 from .publishers import SPLIT_NAMES
 
@@ -173,6 +174,29 @@ def check_shapes(pairs:list[Pair]):
         if image != mask.shape: raise ValueError(f"{p.name}: the image is {image}, its map {mask.shape}: they do not belong together")
         if p.read_types and (lost := set(np.unique(mask).tolist()) - {0} - p.read_types().keys()):
             raise ValueError(f"{p.name}: nucleus {min(lost)} has no type")
+
+# %% ../../nbs/sources/nuclei.ipynb #cabd584
+def split_pairs(
+    pairs:list[Pair],
+    test_fraction:float,  # of the slides, where the publisher has no test
+    valid_fraction:float, # of the slides that are left, where it has no validation
+    seed:int
+)->dict[str,list[Pair]]:  # train, valid, test
+    "Annotated images by their use. Raises `ValueError` where there are too few."
+    has = {s: [p for p in pairs if p.split == s] for s in ("valid", "test")}
+    rest, test = [p for p in pairs if p.split not in ("valid", "test")], has["test"]
+    if not test: rest, test, _ = split_by_group(rest, test_fraction, seed)
+    if len(rest) < 2 - bool(has["valid"]): raise ValueError(f"{len(rest)} images to train on: two are needed, one of them for validation")
+    if has["valid"]: return dict(train=rest, valid=has["valid"], test=test)
+    if len({p.slide for p in rest}) > 1: train, valid, _ = split_by_group(rest, valid_fraction, seed)
+    else: train, valid, _ = split_by_group([replace(p, slide=p.name) for p in rest], valid_fraction, seed)
+    return dict(train=train, valid=valid, test=test)
+
+def few_images(n:int, labels, seed:int)->list[int]: # places, ascending; fewer images are a part of more
+    "Which annotated images are used: a number, a share or `all` of `n`. Raises `ValueError` where there are not so many."
+    few = n if labels == "all" else max(1, round(labels*n)) if isinstance(labels, float) else labels
+    if few > n: raise ValueError(f"nuclei.labels lists {labels}, there are {n} annotated images to train on: ask for fewer, or all")
+    return sorted(np.random.default_rng(1000*seed).permutation(n)[:few].tolist())
 
 # %% ../../nbs/sources/nuclei.ipynb #k021
 def how_counted(
