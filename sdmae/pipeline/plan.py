@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'WITH_PROSE', 'SHOWN', 'encoder_faults', 'budget_faults', 'network_faults', 'train_tiles', 'in_runs',
            'view_faults', 'task_faults', 'data_faults', 'check_params', 'check', 'made_of_report', 'report_names',
-           'plans', 'difference', 'probe_faults', 'unlabelled_faults', 'label_faults', 'read_plan', 'plan']
+           'plans', 'difference', 'probe_faults', 'nuclei_faults', 'unlabelled_faults', 'label_faults', 'read_plan',
+           'plan']
 
 # %% ../../nbs/pipeline/plan.ipynb #n002
 import json
@@ -79,6 +80,9 @@ def task_faults(P:Params, study:str)->list[str]:
         for protocol, kind in RECIPES.items():
             recipe = getattr(task, protocol)
             faults += [f"task.{t}.{protocol}.{f}" for f in (view_faults(recipe, data) if recipe else [])]
+            if recipe and (protocol in ("segment", "nuclei")) != (data.adapter == "masks"):
+                need = "no set of annotated nuclei (adapter: masks)" if data.adapter != "masks" else "one of annotated nuclei (adapter: masks)"
+                faults.append(f"task.{t}.{protocol}: data.{task.data} is {need}")
             if kind != "finetune": continue
             lacking = [e for e in encoders if recipe and recipe.pool == "token" and not P.encoders[e].section.get("class_token")]
             if lacking: faults.append(f"task.{t}.{protocol}: pool token, but {', '.join(lacking)} has no class token; use pool: mean")
@@ -177,6 +181,21 @@ def probe_faults(
     lost = [c for c in shift.centres if c not in known] if shift and isinstance(shift.centres, list) else []
     return faults + [f"shift.centres: there is no centre {c}; the table has {', '.join(known) or 'none'}" for c in lost]
 
+# %% ../../nbs/pipeline/plan.ipynb #c1333eb
+def nuclei_faults(
+    P:Params, name:str, # of a task
+    labels:list, folder:Path # that its recipe asks for, of the prepared images
+)->list[str]:
+    "Recipes that ask for more annotated images than there are."
+    from sdmae.sources.masks import load_pairs
+    from sdmae.sources.nuclei import few_images, split_pairs
+    task = P.tasks[name]; data = P.data[task.data]
+    try:
+        n = len(split_pairs(load_pairs(folder), data.valid_fraction, task.nuclei.valid_fraction, data.seed)["train"])
+        for few in labels: few_images(n, few, 0)
+    except ValueError as e: return [f"task.{name}: {e}"]
+    return []
+
 # %% ../../nbs/pipeline/plan.ipynb #n005
 def unlabelled_faults(P:Params)->list[str]:
     "Encoders that learn from labels, on data that has none."
@@ -193,6 +212,8 @@ def label_faults(P:Params)->list[str]:
     for name in dict.fromkeys(t for s in P.reports for t in P.compare[s].tasks if answered(P, t)):
         task, recipes, folder = P.tasks[name], resolved("task", P.task, name), project_root()/store_of(P.tasks[name].data)
         asked = {f"{RECIPES[p]}.{recipes[p]}.labels": r.labels for p in P.protocols if (r := getattr(task, p)) and hasattr(r, "labels")}
+        images = asked.pop(f"nuclei.{recipes['nuclei']}.labels", None) if task.nuclei else None
+        if images and folder.exists(): faults += nuclei_faults(P, name, images, folder)
         store = TileStore(folder) if asked and folder.exists() else None
         for where, labels in asked.items() if store else []:
             try: store.check_labels(labels, where, task.target)
