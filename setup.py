@@ -21,7 +21,8 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     install_requires=cfg["requirements"].split(),
     extras_require={k: cfg[f"{k}_requirements"].split() for k in ("dev", "natural", "bench")},
-    entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+    entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"], "console_scripts": ["sdmae=sdmae.cli:main"]},
+    package_data={cfg["lib_path"]: ["py.typed", "*.pyi"]},
     include_package_data=True,
     zip_safe=False,
 )
