@@ -38,8 +38,8 @@ class Images:
     def __len__(self): return len(self.names)
 
     def read(self, name:str)->np.ndarray: # (S, S, C) uint8
-        path = f"{self.place}/{name}"
-        return fit(read_image(self.place, name, path, "RGB" if self.channels == 3 else "L"), self.image_size, self.crop, path, self.channels)
+        path, mode = f"{self.place}/{name}", "RGB" if self.channels == 3 else "L"
+        return fit(read_image(self.place, name, path, mode), self.image_size, self.crop, path, self.channels)
 
     def batch(self, idx)->torch.Tensor: # (B, C, S, S) uint8
         return torch.from_numpy(np.stack([self.read(self.names[i]) for i in idx])).permute(0, 3, 1, 2)

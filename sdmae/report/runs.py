@@ -86,8 +86,10 @@ def as_lines(
     heads = [c.replace("_all_", " ").replace("_", " ").split() for c in scores]
     wide = {c: min(22, max(len(c), df[c].str.len().max())) for c in ("state", "run")}
     wide["changed"] = max(12, width - sum(wide.values()) - 11*len(scores) - 4)
-    def line(cells, numbers): return "  ".join([cut(str(cells[c]), w).ljust(w) for c, w in wide.items()]) + "".join(f"{n:>11}" for n in numbers)
-    head = [line({c: c for c in wide}, [cut(h[0], 10) for h in heads]), line(dict.fromkeys(wide, ""), [cut(" ".join(h[1:]), 10) for h in heads])]
+    def line(cells, numbers):
+        return "  ".join(cut(str(cells[c]), w).ljust(w) for c, w in wide.items()) + "".join(f"{n:>11}" for n in numbers)
+    head = [line({c: c for c in wide}, [cut(h[0], 10) for h in heads])]
+    head.append(line(dict.fromkeys(wide, ""), [cut(" ".join(h[1:]), 10) for h in heads]))
     return head + [line(r, ["–" if pd.isna(r[k]) else f"{r[k]:.3f}" for k in scores]) for r in df.to_dict("records")]
 
 # %% ../../nbs/report/runs.ipynb #n015
