@@ -43,7 +43,8 @@ def versions(root:Path)->Iterator[tuple]:
     ok = sys.version_info >= (3, 11)
     yield line(ok, f"Python {sys.version.split()[0]}", "" if ok else "make setup PYTHON=python3.11 (or newer)")
     pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", (root/"constraints.txt").read_text(), re.M))
-    asked = re.findall(r"([\w-]+)(?:>=|==)", re.search(r"^requirements = (.*)$", (root/"settings.ini").read_text(), re.M)[1])
+    lines = re.findall(r"^(?:pipeline_)?requirements = (.*)$", (root/"settings.ini").read_text(), re.M)
+    asked = re.findall(r"([\w-]+)(?:>=|==)", " ".join(lines))
     found = {}
     for name in dict.fromkeys([*asked, *pinned]):
         try: found[name] = version(name)
@@ -184,6 +185,8 @@ def kernels(root:Path)->Iterator[tuple]:
 def notebooks(root:Path)->Iterator[tuple]:
     "Notebooks that carry more than they should, and modules that are not what their notebooks say: nbdev's own tools, on a copy."
     def files(folder): return {p.relative_to(folder): p.read_bytes() for o in ("nbs/**/*.ipynb", "sdmae/**/*.py") for p in folder.glob(o)}
+    if not Path(sys.executable).with_name("nbdev_clean").exists():
+        yield line(None, "nbdev is not installed: notebooks were not looked at (make lab or make setup installs it)"); return
     with tempfile.TemporaryDirectory() as d:
         unwanted = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".#*")
         for o in ("nbs", "sdmae"): shutil.copytree(root/o, Path(d)/o, ignore=unwanted, ignore_dangling_symlinks=True)

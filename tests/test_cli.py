@@ -91,3 +91,17 @@ def test_promised_names():
 
 def test_promised_names_cost_no_stage_a_rerun():
     assert loaded({"sdmae.params"}, ROOT) == loaded({"sdmae.params", "sdmae"}, ROOT) and "sdmae/__init__.py" not in loaded({"sdmae.params"}, ROOT)
+
+
+def test_the_library_needs_no_extra(place, tmp_path):
+    "`pip install .` without extras: the promised names and `sdmae embed` with all packages of the extras out of reach."
+    from configparser import ConfigParser
+    from packaging.requirements import Requirement
+    ini = ConfigParser(delimiters=["="]); ini.read(ROOT/"settings.ini")
+    names = {Requirement(o).name for k in ("pipeline", "notebooks") for o in ini["DEFAULT"][f"{k}_requirements"].split()}
+    names = sorted({o.replace("hydra-core", "hydra") for o in names} | {"IPython", "omegaconf", "jupyter_client"})
+    code = (f"import sys; sys.modules.update(dict.fromkeys({names}))\nimport sdmae; [getattr(sdmae, o) for o in sdmae.__all__]\n"
+            f"from sdmae.cli import main; sys.exit(main({['embed', str(place/'Bilder für heute'), '--weights', str(place/'run'), '--out', str(tmp_path/'f.csv')]}))")
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert r.returncode == 0, r.stderr
+    assert len(pd.read_csv(tmp_path/"f.csv")) == 5
