@@ -112,7 +112,7 @@ STAGES = dict(prepare=(prepare, ("data",)), pretrain=(pretrain, ("study", "encod
 
 def arguments():
     "The command line's grammar."
-    parser = argparse.ArgumentParser(prog="python -m sdmae.pipeline", description="Run a stage of the pipeline, or a notebook.")
+    parser = argparse.ArgumentParser(prog="sdmae pipeline", description="Run a stage of the pipeline, or a notebook.")
     sub = parser.add_subparsers(dest="command", required=True)
     def add(name, help, *names):
         p = sub.add_parser(name, help=help)
