@@ -42,7 +42,6 @@ repro: setup ## fetch the bundled sample and run the pipeline
 	@python -m sdmae.made || dvc config --local core.no_scm true
 	dvc pull data.dvc
 	python -m sdmae.pipeline repro --jobs $(SIDE)
-	@echo && echo "The comparisons: reports/tissue/index.html, reports/lesions/index.html   (tables: dvc metrics show metrics/tissue, curves: dvc plots show)"
 
 test: setup ## the library's notebooks and the tests: also that notebooks, library, README and params.yaml agree
 	OMP_NUM_THREADS=1 nbdev_test --path nbs --skip_folder_re '^[_.]' --skip_file_re '^([_.0-9]|speed|growth)' --n_workers $(JOBS) --do_print
