@@ -31,6 +31,7 @@ class Picture:
     scale:float         # px of the file for a px here
     mpp:float|None      # µm a px here
 
+# %% ../nbs/nuclei.ipynb #ccc5b42
 def resized(
     size:tuple, read:Callable, own:float|None, wanted:float|None # (H, W) and pieces of the file; µm a pixel
 )->Picture:
@@ -76,6 +77,7 @@ def blocks(
     for top in range(0, shape[0], size):
         for left in range(0, shape[1], size): yield top, min(top + size, shape[0]), left, min(left + size, shape[1])
 
+# %% ../nbs/nuclei.ipynb #c2def81
 def within(
     found:np.ndarray, # (h, w) int32, nuclei of a block with its margin
     origin:tuple,     # top, left of it
@@ -109,6 +111,7 @@ def nuclei_in(
             yield dict(rings=rings_of(mask, a + top, b + left), type=types.get(i), probabilities=sure[i - 1],
                        **{o: float(v[k]) for o, v in own.items() if o != "label"})
 
+# %% ../nbs/nuclei.ipynb #c222321
 def where(found:np.ndarray, i:int, row:float, column:float, reach:int=MARGIN)->tuple: # rows, columns
     "The pixels of a nucleus, looked for around its centre."
     a, b = max(0, int(row) - reach), max(0, int(column) - reach)
@@ -124,6 +127,7 @@ def row_of(n:dict, number:int, name:str, scale:float, mpp:float|None)->list:
     return [number, name, *(round(v*unit, 2) for v in (n["column"], n["row"])), round(n["area"]*unit**2, 2), round(n["eccentricity"], 3),
             *("" if np.isnan(p) else round(float(p), 3) for p in n["probabilities"])]
 
+# %% ../nbs/nuclei.ipynb #c06764e
 class Overlay:
     "The image, small, with outlines."
     def __init__(self, picture:Picture, longest:int=2000):

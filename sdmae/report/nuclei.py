@@ -63,7 +63,7 @@ def nuclei_differences(
         for a, b in pairs:
             if not of(a).keys() & of(b).keys(): continue
             d = difference(of(a), of(b), slides, metric, n)
-            beyond = "beyond chance" if d["low"]*d["high"] > 0 else "not distinguishable"
+            beyond = "beyond chance" + " over images; one seed"*(d["seeds"] == 1) if d["low"]*d["high"] > 0 else "not distinguishable"
             rows.append({"pair": f"{names[a]} − {names[b]}", "images": labels_name(labels), "phase": PROTOCOLS[protocol],
                          f"difference in {METRIC_NAMES[metric]}": f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]",
                          "seeds": f"{d['same_sign']} of {d['seeds']}", "": beyond})
@@ -96,6 +96,9 @@ def images_in_all(folder, task:str)->int:
     "How many annotated images `all` stands for, or the most that were used."
     return max(e["n_train"] for _, f in score_files(folder, task, protocols=("nuclei",)) for r in f["results"].values() for e in r.values())
 
+# %% ../../nbs/report/nuclei.ipynb #c2af89c
 def nuclei_curves(df:pd.DataFrame, data:str, n_all:int, names:Names)->dict: # score → figure
     "PQ and AJI against the number of annotated images."
-    return {m: label_curve(df, data, n_all, m, names) for m in ("pq", "aji")}
+    figures = {m: label_curve(df, data, n_all, m, names) for m in ("pq", "aji")}
+    for ax in [a for f in figures.values() for a in f.axes]: ax.set_xlabel("annotated images")
+    return figures

@@ -36,6 +36,7 @@ def partners(
             raise ValueError(f"{place.name}/{one[alone[0]]} has no {what} of that name ({len(alone)} such). Add it, or take the file out.")
     return [(name, by_name[name], known[name]) for name in sorted(by_name)]
 
+# %% ../../nbs/sources/nuclei.ipynb #caf7127
 def split_in(file:str)->str: # "" where no folder says so
     "The publisher's split, by the name of a folder."
     return next((SPLIT_NAMES[p.lower()] for p in PurePosixPath(file).parts[:-1] if p.lower() in SPLIT_NAMES), "")
@@ -53,6 +54,7 @@ def mat_of(place:Path, file:str)->dict:
     if found["inst_map"].dtype == np.uint8: check_overflow(found["inst_map"], path)
     return found
 
+# %% ../../nbs/sources/nuclei.ipynb #ce9715b
 def consep_types(place:Path, file:str)->dict:
     "id → merged type: the commonest of its pixels in the map of types."
     found = mat_of(place, file)
@@ -64,6 +66,7 @@ def consep_types(place:Path, file:str)->dict:
     order = np.argsort(counts, kind="stable")
     return dict(sorted({int(i): MERGED[int(t)] for i, t in names.T[order]}.items())) # the commonest comes last, and stays
 
+# %% ../../nbs/sources/nuclei.ipynb #c8216ec
 def read_consep(place:Path, params:MasksParams)->tuple[list[Pair],dict]:
     "CoNSeP's `Train` and `Test`, as they are unpacked or in a zip."
     def pair(name, image, mat):
@@ -88,6 +91,7 @@ def merged_channels(
     there = set(np.unique(out).tolist())
     return out.astype(np.int32), {i: t for i, t in types.items() if i in there}
 
+# %% ../../nbs/sources/nuclei.ipynb #cb7f86d
 def read_pannuke(place:Path, params:MasksParams)->tuple[list[Pair],dict]:
     "PanNuke's folds; the third is the test, unless folders say otherwise. Raises `ValueError` for a zip, or where an array is missing."
     if not place.is_dir(): raise ValueError(f"{place}: PanNuke's arrays are read in part, so unpack the archives into one folder")
@@ -120,6 +124,7 @@ def xml_mask(
     if not n: raise ValueError(f"{path} has no region with an outline: is it an annotation of nuclei?")
     return out
 
+# %% ../../nbs/sources/nuclei.ipynb #c8acda7
 def read_outlines(place:Path, params:MasksParams)->tuple[list[Pair],dict]:
     "MoNuSeg's and Kumar's images with an XML each."
     def pair(name, image, xml):
@@ -167,6 +172,7 @@ def read_nuclei(
     check_shapes(pairs)
     return pairs, names, []
 
+# %% ../../nbs/sources/nuclei.ipynb #c66f686
 def check_shapes(pairs:list[Pair]):
     "`ValueError` naming an image whose map has another size, or a nucleus without a type."
     for p in pairs:
@@ -192,6 +198,7 @@ def split_pairs(
     else: train, valid, _ = split_by_group([replace(p, slide=p.name) for p in rest], valid_fraction, seed)
     return dict(train=train, valid=valid, test=test)
 
+# %% ../../nbs/sources/nuclei.ipynb #c270585
 def few_images(n:int, labels, seed:int)->list[int]: # places, ascending; fewer images are a part of more
     "Which annotated images are used: a number, a share or `all` of `n`. Raises `ValueError` where there are not so many."
     few = n if labels == "all" else max(1, round(labels*n)) if isinstance(labels, float) else labels

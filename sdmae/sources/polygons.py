@@ -24,6 +24,7 @@ def rings_of(
     lines = find_contours(np.pad(mask, 1).astype(float), 0.5, fully_connected="low")
     return [np.round(line[:, ::-1] + (left - 0.5, top - 0.5), 2) for line in lines]
 
+# %% ../../nbs/sources/polygons.ipynb #c2812a2
 def area_of(ring:np.ndarray)->float: # (n, 2) closed
     "Signed area, px²: outlines and holes run in opposite directions."
     (x, y), (x1, y1) = ring[:-1].T, ring[1:].T
@@ -40,6 +41,7 @@ def pieces_of(rings:list[np.ndarray])->list[list[np.ndarray]]: # of each piece i
         next(p for p in pieces if inside(hole[0], p[0])).append(hole)
     return pieces
 
+# %% ../../nbs/sources/polygons.ipynb #c9b69ac
 def inside(point, ring:np.ndarray)->bool:
     "Whether a point lies within a closed ring (even and odd crossings)."
     (x, y), (a, b), (c, d) = point, ring[:-1].T, ring[1:].T
@@ -80,12 +82,14 @@ def features_of(
         out.append(feature(rings, i, name, colour, (probabilities or {}).get(i, {})))
     return out
 
+# %% ../../nbs/sources/polygons.ipynb #c04e1e0
 def write_geojson(
     path:str|Path, instances:np.ndarray, types=None, type_names=None, probabilities=None, colours=None # as of `features_of`
 ):
     "A file that QuPath opens by dragging it onto the image, whole or not at all."
     save_features(path, features_of(instances, types, type_names, probabilities, colours))
 
+# %% ../../nbs/sources/polygons.ipynb #c9193ce
 def save_features(path:str|Path, features:list[dict]):
     "Features as a file, whole or not at all."
     text = json.dumps(dict(type="FeatureCollection", features=features), ensure_ascii=False)
@@ -103,6 +107,7 @@ def polygons_in(geometry:dict, where:str)->list: # of each piece its rings
         raise ValueError(f"{where} has an outline of fewer than three points, or of none")
     return pieces
 
+# %% ../../nbs/sources/polygons.ipynb #cd0013d
 def fill(
     pieces:list, shape:tuple, where:str
 )->tuple[np.ndarray,np.ndarray]: # rows, columns
