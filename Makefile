@@ -48,7 +48,6 @@ repro: $(STAMP)-pipeline ## fetch the bundled sample and run the pipeline
 	dvc pull data.dvc
 	python -m sdmae.pipeline repro --jobs $(SIDE)
 	@echo && echo "Scores: sdmae compare   curves: dvc plots show   did a change move a number: git add dvc.lock metrics, commit, dvc metrics diff"
-	@echo "The comparisons: reports/tissue/index.html, reports/lesions/index.html"
 
 test: setup ## the library's notebooks and the tests: also that notebooks, library, README and params.yaml agree
 	OMP_NUM_THREADS=1 nbdev_test --path nbs --skip_folder_re '^[_.]' --skip_file_re '^([_.0-9]|speed|growth)' --n_workers $(JOBS) --do_print
