@@ -84,12 +84,13 @@ def test_the_notebook_runs(tmp_path):
     "At its smallest size; its JSON has every field."
     run(project_root()/"nbs"/"bench"/"speed.ipynb", tmp_path/"speed.ipynb", dict(metrics=str(tmp_path/"bench.json")))
     result = json.loads((tmp_path/"bench.json").read_text())
-    assert result.keys() == {"size", "machine", "ceilings", "rows", "together", "ahead"} and result["size"] == "tiny"
+    assert result.keys() == {"size", "machine", "ceilings", "rows", "together", "nuclei", "ahead"} and result["size"] == "tiny"
     for row in result["rows"]:
         assert row.keys() == {"setting", "contestant", "configuration", "against", "batch", "images_per_s", "low", "high", "mfu", "flops", "ceiling",
                               "compile_seconds", "memory_bytes", "why"}
         assert row["low"] <= row["images_per_s"] <= row["high"] and 0 < row["mfu"] < 1.5
     assert [r["method"] for r in result["together"]] == ["mae", "sdmae"] and all(r["share"] > 0 for r in result["together"])
+    assert len(result["nuclei"]) == 3 and all(r["nuclei"] > 500 and r["px_per_s"] >= r["slowest"] > 0 for r in result["nuclei"])
     assert [r["times_shipped"].keys() for r in result["ahead"]] == [{"transformers"}, {"transcription"}]
 
 

@@ -91,6 +91,18 @@ def test_true_maps_give_nuclei_back(seed):
     assert q["dq"] > .9 and q["sq"] > .95
 
 
+@pytest.mark.parametrize("down", [False, True])
+def test_two_that_touch_come_apart(down):
+    "Along a whole side, beside one another or one above the other; and without distances they are one."
+    m = np.zeros((24, 24), np.int32); m[6:18, 4:12] = 1; m[6:18, 12:20] = 2
+    m = np.ascontiguousarray(m.T) if down else m
+    inside, hv = (m > 0).astype(float), hv_maps(torch.from_numpy(m)[None])[0].numpy()
+    again = nuclei_of(inside, hv)
+    q = quality(count([m], [again]).fits[0])
+    assert again.max() == 2 and q["dq"] == 1 and q["sq"] > .95
+    assert nuclei_of(inside, 0*hv).max() == 1
+
+
 def test_one_odd_pixel_changes_nothing_elsewhere():
     "Scaled by the image's own extremes, one pixel would move the threshold of all nuclei."
     m = sample(0, 128)[1]
@@ -133,6 +145,18 @@ def test_losses_by_hand():
     assert distance_loss(far, m).item() > true.square().mean().item()
 
 
+def test_slopes_against_plain_sums():
+    "The error of slopes is that of sums over 5 × 5 neighbours, each by its distance, within nuclei alone (Graham et al. 2019, equation 4)."
+    m = torch.from_numpy(toy_nuclei(5, 16, 3)[1].astype(np.int64))[None]
+    true, pred = hv_maps(m)[0].numpy().astype(float), np.random.default_rng(0).normal(size=(2, 16, 16)).astype(np.float32)
+    off, steep = np.pad(pred - true, ((0, 0), (2, 2), (2, 2))), 0.
+    for r, c in zip(*np.nonzero(m[0].numpy())):
+        sums = [sum(off[k, r+2+y, c+2+x]*(y if k else x)/(x*x + y*y) for y in range(-2, 3) for x in range(-2, 3) if x or y) for k in (0, 1)]
+        steep += sums[0]**2 + sums[1]**2
+    want = np.square(pred - true).mean() + steep/(m > 0).sum().item()
+    assert distance_loss(torch.from_numpy(pred)[None], m).item() == pytest.approx(want, rel=1e-4)
+
+
 # Training
 
 @pytest.mark.parametrize("arch", ["vit", "resnet18"])
@@ -168,19 +192,25 @@ def test_without_types():
     assert types == {} and np.isnan(sure[:, 1]).all() and "type" not in rows[0]
 
 
-def test_goes_on_after_a_stop(tmp_path):
-    "Stopped within the second phase and run again it gives the same network, bit by bit."
+@pytest.mark.parametrize("phase", ["frozen", "tuned"])
+def test_goes_on_after_a_stop(tmp_path, monkeypatch, phase):
+    "Stopped within a phase and run again it gives the same network, bit by bit, and makes no step twice."
+    from sdmae.train import engine
     images, packed = training()
-    whole, _ = fit_nuclei(encoder(), images, packed, recipe(steps=4), 4)
+    whole, rows = fit_nuclei(encoder(), images, packed, recipe(frozen_steps=3, steps=4), 4)
     class Stop(Exception): pass
-    from sdmae.train.engine import Callback
-    class Stopping(Callback):
+    done = []
+    class Counting(engine.Callback):
+        def after_epoch(self, trainer): done.append((trainer.steps, trainer.step))
+    class Stopping(engine.Callback):
         def after_epoch(self, trainer):
-            if trainer.steps == 4 and trainer.step == 2: raise Stop
+            if trainer.steps == dict(frozen=3, tuned=4)[phase] and trainer.step == 2: raise Stop
+    monkeypatch.setattr(engine.Trainer.__init__, "__defaults__", tuple(0. if v == 2. else v for v in engine.Trainer.__init__.__defaults__)) # a checkpoint after every step
     again = dict(checkpoint=tmp_path/"a.pt", made_of={})
-    with pytest.raises(Stop): fit_nuclei(encoder(), images, packed, recipe(steps=4), 4, callbacks=(Stopping(),), **again)
-    resumed, _ = fit_nuclei(encoder(), images, packed, recipe(steps=4), 4, **again)
+    with pytest.raises(Stop): fit_nuclei(encoder(), images, packed, recipe(frozen_steps=3, steps=4), 4, callbacks=(Stopping(),), **again)
+    resumed, later = fit_nuclei(encoder(), images, packed, recipe(frozen_steps=3, steps=4), 4, callbacks=(Counting(),), **again)
     for (k, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()): assert torch.equal(a, b), k
+    assert [r["loss"] for r in later] == [r["loss"] for r in rows] and 0 < len(done) < 7
 
 
 # Kept, and used on whole images
