@@ -41,7 +41,7 @@ def score_table(
         except FileNotFoundError: continue # of nuclei or segmentation, which have scores of another kind
         for (protocol, e), d in df[df.labels == "all"].groupby(["protocol", "encoder"], sort=False):
             low, high = (d.value.min(), d.value.max()) if len(d) > 1 else (d.low.iloc[0], d.high.iloc[0])
-            rows.append(dict(task=task, protocol=protocol, encoder=kinds.get(e, e), seeds=len(d), macro_auc=d.value.mean(), low=low, high=high))
+            rows.append(dict(task=task, protocol=protocol, encoder=kinds.get(e, e), macro_auc=d.value.mean(), low=low, high=high))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/hub.ipynb #n010
