@@ -7,7 +7,7 @@ ini = ConfigParser(delimiters=["="])
 ini.read(Path(__file__).with_name("settings.ini"), encoding="utf8")
 cfg = ini["DEFAULT"]
 
-extras = {k: cfg[f"{k}_requirements"].split() for k in ("pipeline", "notebooks", "dev", "natural", "slides", "bench")}
+extras = {k: cfg[f"{k}_requirements"].split() for k in ("pipeline", "notebooks", "dev", "natural", "slides", "parquet", "bench")}
 extras["notebooks"] += extras["pipeline"] # a notebook is edited, then `dvc repro` runs it
 extras["dev"] += extras["notebooks"] + extras["slides"]
 

@@ -105,3 +105,19 @@ def test_the_library_needs_no_extra(place, tmp_path):
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert r.returncode == 0, r.stderr
     assert len(pd.read_csv(tmp_path/"f.csv")) == 5
+
+
+def test_hub_is_ready_for_timm_and_says_what_it_lacks(place, capsys, tmp_path):
+    import timm, torch
+    argv = ["hub", str(place/"run"), str(tmp_path/"hub"), "--data-licence", "CC0"]
+    assert main(argv) == 0
+    text = (tmp_path/"hub"/"README.md").read_text()
+    assert "| licence of the data | CC0 |" in text and "It was not judged yet" in text and text.startswith("---\nlibrary_name: timm\n")
+    config = json.loads((tmp_path/"hub"/"config.json").read_text())
+    assert config["pretrained_cfg"]["mean"] == [.5]*3 and config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): found = timm.create_model(f"local-dir:{tmp_path/'hub'}", pretrained=True).eval()(x)
+    with torch.no_grad(): assert torch.allclose(found, sdmae.load_encoder(place/"run")[0].eval().pooled(x), atol=1e-5)
+    assert main(argv) == 1 and "give a new folder" in capsys.readouterr().err
+    assert main(["hub", str(place/"run"), str(tmp_path/"b"), "--data-licence", " "]) == 1 and "licence" in capsys.readouterr().err
+    assert main(["hub", str(tmp_path/"none"), str(tmp_path/"b"), "--data-licence", "CC0"]) == 1 and not (tmp_path/"b").exists()
