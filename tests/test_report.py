@@ -488,7 +488,7 @@ def test_encoders_without_attention_are_left_out(margins, tmp_path):
     shown = cp.attention_figure(c, tmp_path/"runs", 0, n=3)
     assert [ax.get_ylabel() for ax in shown.axes if ax.get_ylabel()] == ["tile", "mae"]
     c.names = Names({"histogram": {}})
-    assert cp.attention_figure(c, tmp_path/"runs", 0) is None and cp.tsne_figure(c, "histogram", 0) is None
+    assert cp.attention_figure(c, tmp_path/"runs", 0) is None and cp.tsne_figures(c, 0) == {}
 
 
 # figures
@@ -543,7 +543,8 @@ DRAWN = {
     "learning_curves, four panels": lambda: fg.learning_curves(curves(metrics=("train/loss","train/mse","lr","images_per_s")), NAME),
     "confusion, 9": lambda: fg.confusion_matrices({e: 30*np.eye(9) + 2 for e in PLAIN}, ["ADI","BACK","DEB","LYM","MUC","MUS","NORM","STR","TUM"], NAME, PLAIN),
     "confusion, 2": lambda: fg.confusion_matrices({e: np.array([[8,2],[1,0]]) for e in ("mae","sdmae")}, ["normal","tumor"], NAME),
-    "tsne": lambda: fg.tsne(np.random.default_rng(0).normal(size=(40,5)), list("abcdefghij")*4, ["NCT-CRC-HE-100K","CRC-VAL-HE-7K"]*20, NAME, "sdmae"),
+    "tsne": lambda: fg.tsne({e: np.random.default_rng(0).normal(size=(40,2)) for e in PLAIN}, list("abcdefghij")*4, NAME, names=PLAIN),
+    "tsne, one encoder, long names": lambda: fg.tsne({"mae": np.random.default_rng(0).normal(size=(40,2))}, ["NCT-CRC-HE-100K","CRC-VAL-HE-7K"]*20, NAME, "centre", PLAIN),
     "reconstruction": lambda: fg.reconstruction_grid({k: np.random.default_rng(0).random((5,3,16,16)) for k in ("original", "masked", "reconstruction")}, NAME, "SD-MAE, epoch 40"),
     "attention": lambda: fg.attention_grid(torch.rand(5,3,16,16), {"mae": torch.rand(5,4,4), "sdmae": torch.rand(5,4,4)}, NAME, PLAIN)}
 
@@ -686,7 +687,7 @@ def test_tsne_shows_clusters_and_minds_its_input():
     assert (np.linalg.norm(xy[:,None] - centres, axis=2).argmin(1) == y).all()
     assert np.array_equal(xy, fg.tsne_points(20*np.eye(3)[y] + np.random.default_rng(0).normal(size=(60,3))))
     with pytest.raises(ValueError, match="4 points"): fg.tsne_points(np.ones((4,2)))
-    with pytest.raises(ValueError, match="6 features, 5 labels"): fg.tsne(np.ones((6,2)), ["a"]*5, [""]*6, "x")
+    with pytest.raises(ValueError, match="5 names, points {'mae': 6}"): fg.tsne({"mae": np.ones((6,2))}, ["a"]*5, "x")
 
 
 def test_images_in_any_usual_form_are_the_same_picture():

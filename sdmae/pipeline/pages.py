@@ -96,7 +96,7 @@ def contents(
     def one(kind, found):
         return f"<p>{escape(kind)}: " + ", ".join(f'<a href="{escape(to)}">{escape(words)}</a>' for words, to in found.items()) + "</p>"
     beside = "".join(one(kind, found) for kind, found in (links or {}).items() if found)
-    shown = f"<details open><summary>Contents</summary><ul>{lines}</ul></details>"*bool(lines) + beside
+    shown = f"<details><summary>Contents</summary><ul>{lines}</ul></details>"*bool(lines) + beside
     return f"<nav>{shown}</nav>"*bool(shown)
 
 # %% ../../nbs/pipeline/pages.ipynb #c9b4767

@@ -395,8 +395,8 @@ def _curve_panel(ax, part, title, names):
         ax.plot(run.step, run.value, lw=1.5, ms=4, **names.style(encoder) | ({} if len(run) < 15 else {"marker": ""}))
         ends.setdefault(encoder, []).append((run.step.iloc[-1], run.value.iloc[-1]))
     ax.set(xlabel="epoch"); ax.set_title(title, fontsize=10); ax.margins(x=.01)
-    low, high = ax.get_ylim()
-    if part.metric.iloc[0].startswith("structure_r2") and high > 0: ax.set_ylim(max(low, -.02), high) # an untrained decoder lies far below
+    if part.metric.iloc[0].startswith("structure_r2") and part.value.max() > -.02: # an untrained decoder lies far below
+        ax.set_ylim(bottom=max(ax.get_ylim()[0], -.02))
     name_ends(ax, {e: np.nanmean(v, axis=0) for e, v in ends.items()}, names)
 
 # %% ../../nbs/report/figures.ipynb #n054
