@@ -138,7 +138,8 @@ def check_out(
     if path.suffix == ".parquet":
         try: import pyarrow # noqa: F401; pandas writes Parquet with it
         except ModuleNotFoundError as e:
-            raise ModuleNotFoundError(f"{path}: Parquet needs pyarrow: pip install 'sdmae[parquet]', or give a name that ends in .csv") from e
+            way = "pip install 'sdmae[parquet]', or give a name that ends in .csv"
+            raise ModuleNotFoundError(f"{path}: Parquet needs pyarrow: {way}") from e
     return path
 
 def write_table(df:pd.DataFrame, out:str|Path, replace:bool=False)->Path:

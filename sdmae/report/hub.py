@@ -45,8 +45,18 @@ def score_table(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/hub.ipynb #n010
-USE = """Features of images like those it was trained on: retrieval, clustering, probes, fine-tuning. It is for research. It is no medical
-device, and nothing here shows that it may support a diagnosis. Other stains, scanners and organs have to be tried first."""
+USE = """## Intended use
+
+Features of images like those it was trained on: retrieval, clustering, probes, fine-tuning. It is for research. It is no medical
+device, and nothing here shows that it may support a diagnosis. Other stains, scanners and organs have to be tried first.
+
+## Load it
+
+```python
+import timm
+model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval() # or hf-hub:OWNER/NAME, once it is there
+```
+"""
 
 def budget_text(pretrain:dict|None)->str:
     "What a pre-training was given, in words; of one without a training, that."
@@ -90,17 +100,7 @@ tags: [image-feature-extraction, timm, histopathology, self-supervised]
 
 {scores_text(table)}
 
-## Intended use
-
-{USE}
-
-## Load it
-
-```python
-import timm
-model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval() # or hf-hub:OWNER/NAME, once it is there
-```
-"""
+{USE}"""
 
 # %% ../../nbs/report/hub.ipynb #n013
 def export_hub(
