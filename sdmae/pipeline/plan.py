@@ -81,8 +81,8 @@ def task_faults(P:Params, study:str)->list[str]:
             recipe = getattr(task, protocol)
             faults += [f"task.{t}.{protocol}.{f}" for f in (view_faults(recipe, data) if recipe else [])]
             if recipe and (protocol in ("segment", "nuclei")) != (data.adapter == "masks"):
-                need = "no set of annotated nuclei (adapter: masks)" if data.adapter != "masks" else "one of annotated nuclei (adapter: masks)"
-                faults.append(f"task.{t}.{protocol}: data.{task.data} is {need}")
+                is_one = "one" if data.adapter == "masks" else "no set"
+                faults.append(f"task.{t}.{protocol}: data.{task.data} is {is_one} of annotated nuclei (adapter: masks)")
             if kind != "finetune": continue
             lacking = [e for e in encoders if recipe and recipe.pool == "token" and not P.encoders[e].section.get("class_token")]
             if lacking: faults.append(f"task.{t}.{protocol}: pool token, but {', '.join(lacking)} has no class token; use pool: mean")

@@ -63,7 +63,7 @@ def nuclei_differences(
         for a, b in pairs:
             if not of(a).keys() & of(b).keys(): continue
             d = difference(of(a), of(b), slides, metric, n)
-            beyond = "beyond chance" if d["low"]*d["high"] > 0 else "not distinguishable"
+            beyond = "beyond chance" + " over images; one seed"*(d["seeds"] == 1) if d["low"]*d["high"] > 0 else "not distinguishable"
             rows.append({"pair": f"{names[a]} − {names[b]}", "images": labels_name(labels), "phase": PROTOCOLS[protocol],
                          f"difference in {METRIC_NAMES[metric]}": f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]",
                          "seeds": f"{d['same_sign']} of {d['seeds']}", "": beyond})
