@@ -98,4 +98,6 @@ def images_in_all(folder, task:str)->int:
 
 def nuclei_curves(df:pd.DataFrame, data:str, n_all:int, names:Names)->dict: # score → figure
     "PQ and AJI against the number of annotated images."
-    return {m: label_curve(df, data, n_all, m, names) for m in ("pq", "aji")}
+    figures = {m: label_curve(df, data, n_all, m, names) for m in ("pq", "aji")}
+    for ax in [a for f in figures.values() for a in f.axes]: ax.set_xlabel("annotated images")
+    return figures
