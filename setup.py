@@ -20,7 +20,7 @@ setup(
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={k: cfg[f"{k}_requirements"].split() for k in ("dev", "natural", "bench")},
+    extras_require={k: cfg[f"{k}_requirements"].split() for k in ("dev", "natural", "slides", "bench")},
     entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     include_package_data=True,
     zip_safe=False,

@@ -31,6 +31,7 @@ class Picture:
     scale:float         # px of the file for a px here
     mpp:float|None      # µm a px here
 
+# %% ../nbs/nuclei.ipynb #ccc5b42
 def resized(
     size:tuple, read:Callable, own:float|None, wanted:float|None # (H, W) and pieces of the file; µm a pixel
 )->Picture:
@@ -76,6 +77,7 @@ def blocks(
     for top in range(0, shape[0], size):
         for left in range(0, shape[1], size): yield top, min(top + size, shape[0]), left, min(left + size, shape[1])
 
+# %% ../nbs/nuclei.ipynb #c2def81
 def within(
     found:np.ndarray, # (h, w) int32, nuclei of a block with its margin
     origin:tuple,     # top, left of it
@@ -109,6 +111,7 @@ def nuclei_in(
             yield dict(rings=rings_of(mask, a + top, b + left), type=types.get(i), probabilities=sure[i - 1],
                        **{o: float(v[k]) for o, v in own.items() if o != "label"})
 
+# %% ../nbs/nuclei.ipynb #c222321
 def where(found:np.ndarray, i:int, row:float, column:float, reach:int=MARGIN)->tuple: # rows, columns
     "The pixels of a nucleus, looked for around its centre."
     a, b = max(0, int(row) - reach), max(0, int(column) - reach)
@@ -124,6 +127,7 @@ def row_of(n:dict, number:int, name:str, scale:float, mpp:float|None)->list:
     return [number, name, *(round(v*unit, 2) for v in (n["column"], n["row"])), round(n["area"]*unit**2, 2), round(n["eccentricity"], 3),
             *("" if np.isnan(p) else round(float(p), 3) for p in n["probabilities"])]
 
+# %% ../nbs/nuclei.ipynb #c06764e
 class Overlay:
     "The image, small, with outlines."
     def __init__(self, picture:Picture, longest:int=2000):
@@ -143,7 +147,8 @@ class Overlay:
 # %% ../nbs/nuclei.ipynb #k016
 def write_nuclei(
     picture:Picture, found:Iterator[dict], out:Path, # without a suffix: NAME.geojson, NAME.csv, NAME.png are made
-    type_names:dict
+    type_names:dict,
+    kind:str="detection" # or annotation, which can be redrawn in QuPath
 )->dict: # how many of each type
     "Outlines, table and overlay, each whole or not at all; nuclei are written as they come."
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +163,8 @@ def write_nuclei(
                 counts[name] += 1
                 row = row_of(n, number, name, picture.scale, picture.mpp)
                 sure = {k: v for k, v in zip(COLUMNS[-2:], row[-2:]) if v != ""}
-                features.write(",\n"*(number > 1) + json.dumps(feature([r*picture.scale for r in n["rings"]], number, name, colour, sure)))
+                rings = [r*picture.scale for r in n["rings"]]
+                features.write(",\n"*(number > 1) + json.dumps(feature(rings, number, name, colour, sure, kind)))
                 rows.writerow(row); overlay.add(n["rings"], colour)
             features.write("]}")
         overlay.image.save(p, "PNG")
@@ -174,6 +180,7 @@ def main(argv:list[str]=None)->int: # exit code
     parser.add_argument("--out", type=Path, help="where to write, without suffix (default: beside the image, its name and -nuclei)")
     parser.add_argument("--mpp", type=float, help="µm a pixel of the image, where the file does not say so")
     parser.add_argument("--block", type=int, default=1024, help="px of a block that is in memory at once (default: 1024)")
+    parser.add_argument("--annotations", action="store_true", help="write annotations, which can be redrawn in QuPath, not detections")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     a = parser.parse_args(argv)
     try:
@@ -184,7 +191,10 @@ def main(argv:list[str]=None)->int: # exit code
             x = torch.from_numpy(image.copy()).permute(2, 0, 1)
             return predict_nuclei(predict_maps(model, x, params, precision), post)
         out = a.out or a.image.with_name(f"{a.image.stem}-nuclei")
-        counts = write_nuclei(picture, nuclei_in(picture, predict, max(a.block, params.image_size)), out, made["types"])
+        if out.with_name(f"{out.name}.png").resolve() == a.image.resolve():
+            raise ValueError(f"--out {out} would replace {a.image}: choose another")
+        found, kind = nuclei_in(picture, predict, max(a.block, params.image_size)), "annotation" if a.annotations else "detection"
+        counts = write_nuclei(picture, found, out, made["types"], kind)
     except (ValueError, OSError) as e: print(e, file=sys.stderr); return 2
     if made["mpp"] and not picture.mpp: print(f"{a.image}: µm a pixel are not known, taken as in training ({made['mpp']}): say --mpp")
     print(f"{out}.geojson, .csv, .png: {sum(counts.values())} nuclei ({', '.join(f'{n} {k}' for k, n in counts.items())})")

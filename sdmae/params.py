@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Text', 'Strengths', 'HELD', 'Readout', 'Labels', 'RECIPES', 'NAMED', 'project_root', 'Section', 'as_text',
-           'CBISParams', 'MasksParams', 'DataParams', 'ModelParams', 'StainParams', 'strengths', 'ColourParams',
-           'ViewParams', 'OptimParams', 'EncoderForm', 'merged', 'flat', 'differences', 'meant', 'resolved',
-           'SearchParams', 'BudgetParams', 'PretrainParams', 'FewShotParams', 'ShiftParams', 'ProbeParams',
+           'CBISParams', 'SlidesParams', 'MasksParams', 'DataParams', 'ModelParams', 'StainParams', 'strengths',
+           'ColourParams', 'ViewParams', 'OptimParams', 'EncoderForm', 'merged', 'flat', 'differences', 'meant',
+           'resolved', 'SearchParams', 'BudgetParams', 'PretrainParams', 'FewShotParams', 'ShiftParams', 'ProbeParams',
            'FinetuneParams', 'DenseParams', 'SegmentParams', 'PostParams', 'NucleiParams', 'ReportParams', 'TaskParams',
            'EncoderParams', 'CompareParams', 'Params', 'typed', 'with_views', 'with_stain', 'task_of', 'model_of',
            'held_in', 'budget_of', 'encoder_of', 'faults_of', 'faults_of_names', 'lists_of', 'faults_of_comparison',
@@ -57,6 +57,14 @@ class CBISParams(Section):
     findings:list[Literal["mass","calc"]] = ["mass","calc"]
     strict:bool = False                                     # drop the patients that train and test share when mass and calc are pooled
 
+class SlidesParams(Section):
+    "How whole slides are cut into tiles."
+    tiles:int = Field(500, ge=1)                            # of a slide and a magnification, at most
+    mpp:list[Annotated[float, Field(gt=0.05, lt=20)]] = Field([0.5], min_length=1) # µm a pixel; of several each is a field of view
+    default_mpp:float|None = Field(None, gt=0.05, lt=20)    # µm a pixel of slides that do not say so
+    tissue:float = Field(0.5, gt=0, le=1)                   # least share of a tile that is tissue
+    table:str|None = None                                   # CSV with a column slide, and label, group, split, centre where they are known
+
 class MasksParams(Section):
     "Annotated nuclei."
     layout:Literal["pairs","consep","pannuke","xml","geojson"] = "pairs" # images/ and masks/, or as a publisher ships them
@@ -70,7 +78,7 @@ class MasksParams(Section):
 class DataParams(Section):
     "Which images, and how they are prepared."
     name:Text                                               # shown in tables and figures
-    adapter:Literal["nct","pcam","folder","csv","cbis","masks"] # layout of the archive
+    adapter:Literal["nct","pcam","folder","csv","cbis","masks","slides"] # layout of the archive
     path:Text = Field(min_length=1)                         # folder or archive, from the project's root or absolute
     image_size:int|None = Field(None, ge=8)                 # px of a prepared tile; images with masks stay as they are
     crop:int|None = Field(None, ge=8)                       # centre crop, px, before resizing
@@ -82,10 +90,11 @@ class DataParams(Section):
     copies:Literal["refuse","warn"] = "refuse"              # tiles of own data that are in two splits
     cbis:CBISParams|None = None                             # for the adapter cbis
     masks:MasksParams|None = None                           # for the adapter masks
+    slides:SlidesParams|None = None                         # for the adapter slides
 
     @model_validator(mode="after")
     def _own(self):
-        for name in ("cbis", "masks"):
+        for name in ("cbis", "masks", "slides"):
             if (self.adapter == name) != (getattr(self, name) is not None):
                 raise ValueError(f"a section {name} belongs to adapter: {name}, and to no other")
         if (self.image_size is None) != (self.adapter == "masks"):

@@ -300,6 +300,7 @@ def test_what_qupath_expects(tmp_path):
     assert file["features"][0]["geometry"]["type"] == "Polygon" and ring[0] == ring[-1]
     assert (x.min(), x.max(), y.min(), y.max()) == (3, 7, 2, 5)        # px from the image's corner: x first
     assert file["features"][0]["properties"] | {"name": 0} == dict(objectType="detection", name=0, classification=dict(name="tumour", color=[1, 2, 3]), measurements=dict(probability=.75))
+    assert features_of(m, kind="annotation")[0]["properties"]["objectType"] == "annotation"
     with pytest.raises(ValueError, match="type 2 has no name"): features_of(m, {4: 2}, {1: "a"})
     with pytest.raises(ValueError, match="nucleus 4 has no type"): features_of(m, {5: 2}, {2: "a"})
 

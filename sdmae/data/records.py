@@ -34,6 +34,7 @@ class Record:
     read:Callable[[], np.ndarray]   # -> (H, W, 3) uint8, RGB, or (H, W) uint8, grey
     labels:dict[str,str] = field(default_factory=dict)  # task -> its label, several joined by "|"; missing or "": not labelled
     file:tuple[Path,str]|None = None # folder or zip, and name inside, where the tile is a whole image file
+    place:tuple[float,float,float]|None = None # of a slide's tile: x and y of its centre in µm, and its µm a pixel
 
 # %% ../../nbs/data/records.ipynb #c006
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def pack(
     dense = np.where(ids == 0, 0, np.cumsum(ids != 0))
     return torch.from_numpy((dense*(n_types + 1) + kind)[which].reshape(instances.shape))
 
+# %% ../../nbs/evaluate/hovernet.ipynb #cf209c9
 def unpack(packed:Tensor, n_types:int)->tuple[Tensor,Tensor]: # ids, types
     "The two maps of `pack`, of a batch or of one image."
     return packed // (n_types + 1), packed % (n_types + 1)
@@ -56,6 +57,7 @@ def dice_loss(
     both = 2*(p*t).sum((0, 2, 3)) + smooth
     return (1 - both / (p.sum((0, 2, 3)) + t.sum((0, 2, 3)) + smooth)).mean()
 
+# %% ../../nbs/evaluate/hovernet.ipynb #cffb7f3
 def nucleus_loss(
     logits:Tensor,  # (B, 1, H, W)
     instances:Tensor # (B, H, W)
@@ -64,6 +66,7 @@ def nucleus_loss(
     t = (instances > 0)[:, None].float()
     return F.binary_cross_entropy_with_logits(logits, t) + dice_loss(logits.sigmoid(), t)
 
+# %% ../../nbs/evaluate/hovernet.ipynb #ca2ba1a
 def type_loss(
     logits:Tensor, # (B, 1 + types, H, W), background first
     types:Tensor   # (B, H, W)
@@ -82,6 +85,7 @@ def slopes(
     kernel = h / (h*h + v*v).clamp(min=1e-9)
     return torch.cat([F.conv2d(hv[:, :1], kernel[None, None], padding=2), F.conv2d(hv[:, 1:], kernel.T[None, None], padding=2)], 1)
 
+# %% ../../nbs/evaluate/hovernet.ipynb #c72cc64
 def distance_loss(
     pred:Tensor,     # (B, 2, H, W)
     instances:Tensor # (B, H, W)
@@ -134,6 +138,7 @@ def logits(self:HoverNet,
     maps = self.maps(x)
     return torch.cat([b(x, maps) for b in (self.nucleus, self.distance, self.kinds) if b], 1)
 
+# %% ../../nbs/evaluate/hovernet.ipynb #c1b8f2c
 @patch
 def forward(self:HoverNet,
     images:Tensor, # (B, 3, S, S) uint8
@@ -202,6 +207,7 @@ def predict_maps(
     kinds = y[3:].softmax(0)[1:] if model.n_types else y[:0]
     return tuple(o.float().cpu().numpy() for o in (y[0].sigmoid(), y[1:3], kinds))
 
+# %% ../../nbs/evaluate/hovernet.ipynb #c7a8ab5
 def predict_nuclei(
     maps:tuple,     # of `predict_maps`
     post:PostParams

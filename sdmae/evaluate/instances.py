@@ -93,6 +93,7 @@ def aji(o:Overlap)->np.ndarray: # (2,): shared px, px of the union
     first = np.r_[True, rows[1:] != rows[:-1]] if len(rows) else np.zeros(0, bool)
     return joined(o, rows[first], columns[first])
 
+# %% ../../nbs/evaluate/instances.ipynb #c4fc4ef
 def joined(o:Overlap, rows, columns)->np.ndarray:
     "Shared pixels of pairs, and the union of all: pairs, what no pair has of truth, and of the prediction."
     shared = np.asarray(o.shared[rows, columns]).ravel().sum() if len(rows) else 0
@@ -162,6 +163,7 @@ def ratio(sums:np.ndarray)->np.ndarray: # (..., 2) → (...)
     "The first over the second; nan for nothing of both."
     return np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0)
 
+# %% ../../nbs/evaluate/instances.ipynb #cc64797
 def scores_of(
     c:Counted,
     weights:np.ndarray, # (n, b) how often each image counts
@@ -195,6 +197,7 @@ def typed_scores(
     if order != "types": return each, nanmean(each)
     return each, mean_over(nanmean(np.where(np.isnan(v := quality(c.types)["pq"]), EMPTY[empty], v)), weights, "skip")
 
+# %% ../../nbs/evaluate/instances.ipynb #c9db9ed
 def nanmean(v:np.ndarray)->np.ndarray: # (..., T) → (...)
     "The mean of what is known; nan where nothing is."
     return ratio(np.stack([np.nansum(v, -1), (~np.isnan(v)).sum(-1)], -1))
@@ -207,6 +210,7 @@ def flat_scores(c:Counted, weights, names:list, average, order, empty)->dict: # 
     each, mean = typed_scores(c, weights, order, empty)
     return found | dict(mpq=mean) | {f"pq_{n}": each[:, i] for i, n in enumerate(names)}
 
+# %% ../../nbs/evaluate/instances.ipynb #c9c0344
 def instance_scores(
     truths:list,          # (H, W) whole numbers each, 0 is background
     preds:list,           # likewise
@@ -223,6 +227,7 @@ def instance_scores(
     c = count(truths, preds, true_types, pred_types, tuple(type_names or ()))
     return scores_from(c, list((type_names or {}).values()), groups, average, order, empty, n, seed)
 
+# %% ../../nbs/evaluate/instances.ipynb #c03e8a6
 def scores_from(
     c:Counted, names:list, groups=None, average:str="images", order:str="images", empty:str="skip", n:int=1000, seed:int=0
 )->dict: # as `instance_scores`
@@ -242,6 +247,7 @@ def conventions(
     plain = [dict(average=a, empty=e) for a in AVERAGES for e in EMPTY if a == "images" or e == "skip"]
     return [p | dict(order=o) for p in plain for o in TYPED if (o == "pooled") == (p["average"] == "pooled")] if typed else plain
 
+# %% ../../nbs/evaluate/instances.ipynb #c2b6bff
 def rankings(
     runs:dict,  # name → `Counted` of the same images
     score:str="pq",

@@ -96,6 +96,7 @@ def images_in_all(folder, task:str)->int:
     "How many annotated images `all` stands for, or the most that were used."
     return max(e["n_train"] for _, f in score_files(folder, task, protocols=("nuclei",)) for r in f["results"].values() for e in r.values())
 
+# %% ../../nbs/report/nuclei.ipynb #c2af89c
 def nuclei_curves(df:pd.DataFrame, data:str, n_all:int, names:Names)->dict: # score → figure
     "PQ and AJI against the number of annotated images."
     figures = {m: label_curve(df, data, n_all, m, names) for m in ("pq", "aji")}

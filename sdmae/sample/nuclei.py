@@ -50,6 +50,7 @@ def make_nuclei(
     h, e = concentrations(rng, dark, stroma(rng, size, 1.)[1])
     return photograph(rng, h, e, stains, centre) // 8*8 + 4, *numbered(instances, kinds)
 
+# %% ../../nbs/sample/nuclei.ipynb #c26a8d5
 def numbered(instances:np.ndarray, kinds:np.ndarray)->tuple[np.ndarray,dict]: # 1 … n; id → type
     "Numbers without those that no pixel has."
     ids, dense = np.unique(instances, return_inverse=True)
@@ -68,6 +69,7 @@ def mat_bytes(instances:np.ndarray, types:dict)->bytes:
     savemat(buffer, found, do_compression=True)
     return b"MATLAB 5.0 MAT-file".ljust(116) + buffer.getvalue()[116:] # the header would hold the time
 
+# %% ../../nbs/sample/nuclei.ipynb #c98ee5c
 def png_bytes(image:np.ndarray)->bytes:
     "An image file."
     buffer = io.BytesIO()

@@ -25,16 +25,19 @@ from .polygons import fill, read_geojson
 # %% ../../nbs/sources/nuclei.ipynb #k005
 SPLIT = re.compile(r"(?<![A-Za-z])(train|test|val)(?!uat)|(Train|Test|Val)(?!uat)")
 
+# %% ../../nbs/sources/nuclei.ipynb #c3b1a1c
 def split_in(file:str)->str: # "" where no folder says so
     "The publisher's split, by the name of a folder."
     found = [m for part in PurePosixPath(file).parts[:-1] for m in SPLIT.finditer(part)]
     return dict(train="train", test="test", val="valid")[found[-1][0].lower()] if found else ""
 
+# %% ../../nbs/sources/nuclei.ipynb #c636106
 def stem(file:str)->str:
     "A file's name without suffix; QuPath leaves the image's own in front of its own."
     name = PurePosixPath(file).stem
     return PurePosixPath(name).stem if name.lower().endswith(SUFFIXES) else name
 
+# %% ../../nbs/sources/nuclei.ipynb #c632bd3
 def one_image(place:Path, file:str, images:list[str])->str:
     "The image of annotations, of those that have its name. Raises `ValueError` where there is none, or more than one."
     beside = PurePosixPath(file).parent
@@ -82,6 +85,7 @@ def whole_numbers(a:np.ndarray, what:str)->np.ndarray: # (H, W) int32
 CONSEP = {1: "miscellaneous", 2: "inflammatory", 3: "epithelial", 4: "spindle-shaped"}
 MERGED = {1: 1, 2: 2, 3: 3, 4: 3, 5: 4, 6: 4, 7: 4} # healthy and malignant epithelium; fibroblast, muscle, endothelium
 
+# %% ../../nbs/sources/nuclei.ipynb #c70448d
 @lru_cache(maxsize=4)
 def mat_of(place:Path, file:str)->dict:
     "The variables of a MATLAB file. Raises `ValueError` naming it."
@@ -92,6 +96,7 @@ def mat_of(place:Path, file:str)->dict:
     check_overflow(found["inst_map"], path)
     return found | dict(inst_map=whole_numbers(found["inst_map"], f"{path}: inst_map"))
 
+# %% ../../nbs/sources/nuclei.ipynb #cefaa51
 def consep_types(place:Path, file:str)->dict:
     "id → merged type: the commonest of its pixels in type_map, else as inst_type lists it. Raises `ValueError` where they do not fit."
     found, path = mat_of(place, file), f"{place.name}/{file}"
@@ -119,6 +124,7 @@ def read_consep(place:Path, params:MasksParams)->tuple[list[Pair],dict]:
 # %% ../../nbs/sources/nuclei.ipynb #k010
 PANNUKE = {1: "neoplastic", 2: "inflammatory", 3: "connective", 4: "dead", 5: "epithelial"}
 
+# %% ../../nbs/sources/nuclei.ipynb #c6d7985
 def merged_channels(
     channels:np.ndarray # (H, W, 6) ids by type, background last
 )->tuple[np.ndarray,dict]: # (H, W) int32; id → type
@@ -167,6 +173,7 @@ def xml_mask(
     if not n: raise ValueError(f"{path} has no region with an outline: is it an annotation of nuclei?")
     return out
 
+# %% ../../nbs/sources/nuclei.ipynb #c5621df
 def read_outlines(place:Path, params:MasksParams)->tuple[list[Pair],dict]:
     "MoNuSeg's and Kumar's images with an XML each."
     def pair(name, image, xml):
@@ -186,6 +193,7 @@ def classes_of(found:dict, types:list[str])->dict[str,int]: # class → type; em
         raise ValueError(f"{found[other[0]]}: class {other[0]!r} is not in masks.types {types}. Set its class in QuPath, or list it.")
     return {n: i for i, n in enumerate(types or names, 1)} if names else {}
 
+# %% ../../nbs/sources/nuclei.ipynb #c15a8b7
 def read_corrections(place:Path, params:MasksParams)->tuple[list[Pair],dict]:
     "Images with objects that QuPath exported, others left out. Raises as `read_geojson` and `classes_of`."
     files = partners(place, ".geojson", [])
@@ -205,6 +213,7 @@ def read_corrections(place:Path, params:MasksParams)->tuple[list[Pair],dict]:
 LAYOUTS = dict(consep=read_consep, pannuke=read_pannuke, xml=read_outlines, geojson=read_corrections)
 GROUP = r"^([^_]+)_" # of pairs: the slide is named before the first underscore
 
+# %% ../../nbs/sources/nuclei.ipynb #c8a6aac
 def read_nuclei(
     path:str|Path,
     params:MasksParams
@@ -221,6 +230,7 @@ def read_nuclei(
     check_shapes(pairs, names)
     return pairs, names, notes
 
+# %% ../../nbs/sources/nuclei.ipynb #c3e7cc6
 def uncorrected(place:Path)->list[str]:
     "Images without GeoJSON."
     partners(place, ".geojson", bare := [])
@@ -257,6 +267,7 @@ def split_pairs(
     else: train, valid, _ = split_by_group([replace(p, slide=p.name) for p in rest], valid_fraction, seed)
     return dict(train=train, valid=valid, test=test)
 
+# %% ../../nbs/sources/nuclei.ipynb #ca1e76d
 def few_images(n:int, labels, seed:int)->list[int]: # places, ascending; fewer images are a part of more
     "Which annotated images are used: a number, a share or `all` of `n`. Raises `ValueError` where there are not so many."
     few = n if labels == "all" else max(1, round(labels*n)) if isinstance(labels, float) else labels

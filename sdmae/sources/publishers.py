@@ -7,9 +7,9 @@ __all__ = ['SPLIT_NAMES', 'NCT_CLASSES', 'PCAM_CLASSES', 'UNLABELLED', 'NCT_TRAI
            'PCAM_LABELS', 'GROUP_LIKE', 'GROUP_WORDS', 'SPLIT_WORDS', 'ADAPTERS', 'parse_layout', 'group_layout',
            'nct_name', 'visible', 'below', 'nct', 'read_h5', 'check_written', 'read_table', 'no_valid', 'pcam',
            'beside', 'bare_folder', 'folder', 'unread', 'unanswered', 'read_rows', 'spelled', 'once', 'image_folder',
-           'found_files', 'csv', 'draw_plain', 'deal', 'uneven', 'draw_even', 'assign_splits', 'without_group',
-           'check_groups', 'limit_splits', 'few_groups', 'check_splits', 'drop', 'lopsided', 'drawn_splits',
-           'open_source']
+           'found_files', 'csv', 'slides', 'draw_plain', 'deal', 'uneven', 'draw_even', 'assign_splits',
+           'without_group', 'check_groups', 'limit_splits', 'few_groups', 'check_splits', 'drop', 'lopsided',
+           'drawn_splits', 'open_source']
 
 # %% ../../nbs/sources/publishers.ipynb #c002
 import os, re, unicodedata
@@ -446,7 +446,9 @@ def csv(
     return Source(data.name, records, classes, False, [f"read {len(records)} tiles {what} from {path}", *notes])
 
 # %% ../../nbs/sources/publishers.ipynb #c029
-ADAPTERS = {"nct":nct, "pcam":pcam, "folder":folder, "csv":csv, "cbis":cbis}
+def slides(path, data): from sdmae.sources.slides import open_slides; return open_slides(path, data)
+
+ADAPTERS = {"nct":nct, "pcam":pcam, "folder":folder, "csv":csv, "cbis":cbis, "slides":slides}
 
 # %% ../../nbs/sources/publishers.ipynb #c031
 def draw_plain(
