@@ -27,22 +27,27 @@ MAKEFLAGS += --no-print-directory
 help: ## these lines
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
 
-setup: $(STAMP) ## .venv with pinned versions, the package installed editable
+setup: $(STAMP) ## .venv with pinned versions, the package installed editable, and all that development needs
 
-$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
+$(STAMP): EXTRAS = dev
+$(STAMP)-pipeline: EXTRAS = pipeline,natural
+$(STAMP)-notebooks: EXTRAS = notebooks,natural
+SETUPS = $(STAMP) $(STAMP)-pipeline $(STAMP)-notebooks
+
+$(SETUPS): settings.ini setup.py pyproject.toml constraints.txt
 	@case "$$HERE" in *[\"\`\$$\\:]*) \
 	  echo "The path of this folder holds one of \" \` \$$ \\ : which set-up cannot quote everywhere. Move it, and try again: $$HERE" >&2; exit 1;; esac
 	@test -x $(VENV)/bin/python || $(WORDS) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "sdmae needs Python 3.11 or newer; \`$(PYTHON)\` is `$(WORDS) --version 2>&1`. Choose another: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1; }
 	test -x $(VENV)/bin/python || $(WORDS) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[dev]'
-	@touch $@
+	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@ $(if $(findstring dev,$(EXTRAS)),$(SETUPS)) $(if $(findstring notebooks,$(EXTRAS)),$(STAMP)-pipeline) # it holds the smaller ones
 
-repro: setup ## fetch the bundled sample and run the pipeline
+repro: $(STAMP)-pipeline ## fetch the bundled sample and run the pipeline
 	@python -m sdmae.made || dvc config --local core.no_scm true
 	dvc pull data.dvc
 	python -m sdmae.pipeline repro --jobs $(SIDE)
-	@echo && echo "The comparisons: reports/tissue/index.html, reports/lesions/index.html   (tables: dvc metrics show metrics/tissue, curves: dvc plots show)"
+	@echo && echo "Scores: sdmae compare   curves: dvc plots show   did a change move a number: git add dvc.lock metrics, commit, dvc metrics diff"
 
 test: setup ## the library's notebooks and the tests: also that notebooks, library, README and params.yaml agree
 	OMP_NUM_THREADS=1 nbdev_test --path nbs --skip_folder_re '^[_.]' --skip_file_re '^([_.0-9]|speed|growth)' --n_workers $(JOBS) --do_print
@@ -56,8 +61,12 @@ bench: setup ## speed beside other libraries, and cost as work grows; SIZE=full 
 	done
 	@echo && echo "The benchmark: reports/bench/$(SIZE)/speed.html and growth.html   (numbers: nbs/bench/results)"
 
-lab: setup ## JupyterLab on nbs/
-	cd nbs && jupyter lab
+# saved notebooks are cleaned, so that a one-line edit is a one-line diff; nothing is asked of the internet
+LAB = --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter --LabApp.news_url=None \
+      --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(if $(filter 0,$(shell id -u)),--allow-root)
+
+lab: $(STAMP)-notebooks ## JupyterLab on nbs/
+	cd nbs && jupyter lab $(LAB)
 
 readme: setup ## README.md from nbs/index.ipynb
 	python -m sdmae.pipeline readme

@@ -7,6 +7,10 @@ ini = ConfigParser(delimiters=["="])
 ini.read(Path(__file__).with_name("settings.ini"), encoding="utf8")
 cfg = ini["DEFAULT"]
 
+extras = {k: cfg[f"{k}_requirements"].split() for k in ("pipeline", "notebooks", "dev", "natural", "slides", "bench")}
+extras["notebooks"] += extras["pipeline"] # a notebook is edited, then `dvc repro` runs it
+extras["dev"] += extras["notebooks"] + extras["slides"]
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -20,8 +24,9 @@ setup(
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={k: cfg[f"{k}_requirements"].split() for k in ("dev", "natural", "slides", "bench")},
-    entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+    extras_require=extras,
+    entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"], "console_scripts": ["sdmae=sdmae.cli:main"]},
+    package_data={cfg["lib_path"]: ["py.typed", "*.pyi"]},
     include_package_data=True,
     zip_safe=False,
 )

@@ -284,7 +284,7 @@ def test_requirements_are_pinned():
     from packaging.requirements import Requirement
     ini = ConfigParser(delimiters=["="]); ini.read(ROOT/"settings.ini")
     pins = dict(o.lower().split("==") for o in (ROOT/"constraints.txt").read_text().split("\n") if "==" in o and not o.startswith("#"))
-    for o in map(Requirement, " ".join(ini["DEFAULT"][k] for k in ("requirements", "dev_requirements", "bench_requirements")).split()):
+    for o in map(Requirement, " ".join(ini["DEFAULT"][k] for k in ("requirements", *(f"{o}_requirements" for o in ("pipeline", "notebooks", "dev", "slides", "bench")))).split()):
         assert o.name.lower() in pins, f"constraints.txt lacks {o.name}"
         assert o.specifier.contains(pins[o.name.lower()]), f"constraints.txt pins {o.name} outside {o.specifier}"
 

@@ -1,5 +1,6 @@
 """Nuclei one by one: targets and watershed against plain code, branches on both kinds of encoder, two phases, whole images, bad input."""
-import json
+import json, sys, zipfile
+from pathlib import Path
 
 import numpy as np, pytest, torch
 from PIL import Image
@@ -8,14 +9,15 @@ from sdmae.evaluate.hovernet import (HoverNet, dice_loss, distance_loss, fit_nuc
                                      predict_nuclei, save_nuclei, type_loss, unpack)
 from sdmae.evaluate.instances import count, quality
 from sdmae.evaluate.nuclei import choose_thresholds, hv_maps, mean_within, nuclei_of
-from sdmae.evaluate.segment import SegmentViews
+from sdmae.evaluate.segment import SegmentViews, sliding
 from sdmae.models.encoders import build_encoder, own_config
-from sdmae.nuclei import main, nuclei_in, resized
+from sdmae.nuclei import grid_of, main, nuclei_in, open_picture, resized
 from sdmae.params import EncoderForm, ModelParams, NucleiParams, OptimParams, PostParams, ViewParams
 from sdmae.sample.nuclei import TYPES, make_nuclei
 from sdmae.sample.tissue import CENTRES, jittered_stains
 from sdmae.sources.masks import toy_nuclei
 
+REAL = Path(__file__).parents[2]/"shared"/"realdata"
 VIEWS = ViewParams(scale=(0.5, 1.), interpolation="bilinear", vflip=True, rot90=True)
 
 
@@ -219,9 +221,36 @@ def test_the_command(tmp_path, capsys):
     assert "b.png" in said and len(said.strip().splitlines()) == 1 and not (tmp_path/"b-nuclei.csv").exists()
     before = (tmp_path/"a.png").read_bytes()
     assert main([str(tmp_path/"a.png"), "--weights", str(tmp_path/"run"), "--out", str(tmp_path/"a"), "--device", "cpu"]) == 2
-    assert (tmp_path/"a.png").read_bytes() == before and "would replace" in capsys.readouterr().err
+    assert (tmp_path/"a.png").read_bytes() == before and "a.png" in capsys.readouterr().err
     assert main([str(tmp_path/"a.png"), "--weights", str(tmp_path/"run"), "--out", str(tmp_path/"c"), "--annotations", "--device", "cpu"]) == 0
     assert {f["properties"]["objectType"] for f in json.loads((tmp_path/"c.geojson").read_text())["features"]} == {"annotation"}
+
+
+def in_memory(image, own=None, wanted=None): return resized(image.shape[:2], lambda t, l, h, w: image[t:t+h, l:l+w], own, wanted)
+
+
+@pytest.mark.parametrize("stride, own", [(32, None), (48, None), (48, .3)])
+def test_blocks_find_what_the_whole_finds(stride, own):
+    "A network whose answers depend on where a pixel lies in its windows finds the same nuclei, at another scale as well; windows elsewhere do not."
+    params, bend = recipe(stride=stride), torch.linspace(-4, 4, 64)
+    logits = lambda x: torch.stack([(.6 - x.mean(1))*20 + bend + bend[:, None], *(0*x[:, :2]).unbind(1)], 1)
+    def predict(x):
+        y = sliding(logits, torch.from_numpy(x.copy()).permute(2, 0, 1)/255, 64, stride).numpy()
+        return predict_nuclei((1/(1 + np.exp(-y[0])), y[1:3], y[:0]), PostParams())
+    picture = in_memory(np.concatenate([np.concatenate([sample(20 + 3*i + j, 170)[0] for j in range(3)], 1) for i in range(2)]), own, .5)
+    told = lambda **k: {(round(n["row"], 4), round(n["column"], 4), n["area"], str(n["rings"])) for n in nuclei_in(picture, predict, **k)}
+    whole = told(size=10_000)
+    assert len(whole) > 20 and told(**grid_of(96, params)) == whole
+    assert told(size=100, margin=64) != whole
+
+
+def test_large_nuclei_are_not_cut():
+    "The outline has the area that the table says, whatever the nucleus's size."
+    image = np.full((300, 420, 3), 255, np.uint8); image[60:240, 40:380] = 0
+    predict = lambda x: ((x[..., 0] == 0).astype(np.int32), {}, np.ones((1, 2)))
+    [n] = nuclei_in(in_memory(image), predict)
+    low, high = n["rings"][0].min(0), n["rings"][0].max(0)
+    assert n["area"] == 180*340 and low.tolist() == [40, 60] and high.tolist() == [380, 240]
 
 
 def test_memory_does_not_grow_with_the_image():
@@ -243,3 +272,64 @@ def test_bad_input():
     small = torch.zeros(3, 20, 30, dtype=torch.uint8) # smaller than the window: mirrored, and cut off again
     net = HoverNet(encoder(), recipe(), n_types=0).eval()
     assert predict_maps(net, small, recipe())[0].shape == (20, 30)
+
+
+def flat_image(size, value=200): return np.full((*size, 3), value, np.uint8)
+
+
+def test_odd_images(tmp_path, monkeypatch):
+    "Grey, transparent, tiny and large ones are read; more than 8 bits and several pages are refused by name."
+    from PIL import Image as P
+    for mode, value, want in (("L", 7, [7]*3), ("RGBA", (10, 20, 30, 0), [255]*3), ("P", 0, [0]*3)):
+        P.new(mode, (9, 5), value).save(tmp_path/"a.png")
+        picture = open_picture(tmp_path/"a.png")
+        assert picture.shape == (5, 9) and picture.piece(1, 1, 1, 1).tolist() == [[want]]
+    P.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path/"deep.png")
+    with pytest.raises(ValueError, match="deep.png: more than 8 bits"): open_picture(tmp_path/"deep.png")
+    P.fromarray(flat_image((4, 4))).save(tmp_path/"pages.tif", save_all=True, append_images=[P.fromarray(flat_image((4, 4)))])
+    with pytest.raises(ValueError, match="pages.tif: several pages"): open_picture(tmp_path/"pages.tif")
+    monkeypatch.setattr(P, "MAX_IMAGE_PIXELS", 100)
+    P.fromarray(flat_image((40, 30))).save(tmp_path/"large.png")
+    assert open_picture(tmp_path/"large.png").shape == (40, 30) and P.MAX_IMAGE_PIXELS == 100
+    with pytest.raises(ValueError, match="--mpp 352"): open_picture(tmp_path/"a.png", mpp=352.8)
+    (tmp_path/"a.svs").write_bytes(b"none")
+    monkeypatch.setitem(sys.modules, "openslide", None)
+    with pytest.raises(ValueError, match=r"sdmae\[slides\]"): open_picture(tmp_path/"a.svs")
+
+
+def test_one_pixel(tmp_path, capsys):
+    "The smallest image that there is, and nothing in it: three files without a nucleus; the second time they are not written over."
+    kept(tmp_path/"run"/"model")
+    Image.fromarray(flat_image((1, 1))).save(tmp_path/"a.png")
+    command = [str(tmp_path/"a.png"), "--weights", str(tmp_path/"run"), "--device", "cpu"]
+    assert main(command) == 0 and json.loads((tmp_path/"a-nuclei.geojson").read_text())["features"] == []
+    before = {p: p.read_bytes() for p in tmp_path.glob("a-nuclei.*")}
+    assert len(before) == 3 and main(command) == 2 and "is there already" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in before} == before
+
+
+# Slides
+
+def test_a_tiled_tiff_is_read_in_pieces(tmp_path):
+    "OpenSlide gives the pixels that were written; a resolution of 72 dots an inch is nobody's pixel size."
+    pytest.importorskip("openslide"); tifffile = pytest.importorskip("tifffile")
+    noise = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
+    for name, per_cm in (("half", 20_000), ("screen", 28.35)):
+        tifffile.imwrite(tmp_path/f"{name}.tif", noise, tile=(64, 64), photometric="rgb", resolution=(per_cm, per_cm), resolutionunit=3)
+    picture, screen = open_picture(tmp_path/"half.tif"), open_picture(tmp_path/"screen.tif")
+    assert picture.shape == (300, 500) and picture.mpp == pytest.approx(.5, rel=1e-3) and screen.mpp is None
+    np.testing.assert_array_equal(picture.piece(100, 70, 90, 130), noise[100:190, 70:200])
+    same = in_memory(noise, .5, 1.).piece(20, 30, 40, 50)
+    np.testing.assert_array_equal(open_picture(tmp_path/"half.tif", wanted=1.).piece(20, 30, 40, 50), same)
+
+
+def test_a_slide_of_a_scanner(tmp_path):
+    "Its size of pixels is its own; what is read at a coarser one is the mean of the fine."
+    pytest.importorskip("openslide")
+    if not (REAL/"wsi_small_svs.zip").exists(): pytest.skip("shared/realdata has no slide")
+    with zipfile.ZipFile(REAL/"wsi_small_svs.zip") as z: z.extract("cmu-1-small-region.svs", tmp_path)
+    file = tmp_path/"cmu-1-small-region.svs"
+    fine, coarse = open_picture(file), open_picture(file, wanted=1.)
+    assert fine.shape == (2967, 2220) and fine.mpp == pytest.approx(.499) and coarse.scale == pytest.approx(1/.499)
+    part = fine.piece(1000, 1000, 400, 400).mean((0, 1))
+    np.testing.assert_allclose(coarse.piece(499, 499, 200, 200).mean((0, 1)), part, atol=2)

@@ -42,7 +42,7 @@ def test_make_works_in_folders_of_any_name(tmp_path, name):
     folder = tmp_path/name/"sdmae"
     r, calls, elsewhere = made_in(folder, tmp_path)
     assert r.returncode == 0, r.stderr
-    assert elsewhere == [] and {o[1] for o in calls} == {str(folder)} and (folder/".venv"/".set-up").exists()
+    assert elsewhere == [] and {o[1] for o in calls} == {str(folder)} and (folder/".venv"/".set-up-pipeline").exists()
     assert [(o[0], o[2].split(" ")[:2]) for o in calls[2:]] == [("python", ["-m", "pip"]), ("python", ["-m", "sdmae.made"]), ("dvc", ["pull", "data.dvc"]), ("python", ["-m", "sdmae.pipeline"])]
 
 

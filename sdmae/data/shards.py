@@ -369,7 +369,7 @@ def batch(self:ShardBatches, epoch:int, i:int)->tuple[Tensor]: # (B, 3, S, S) ui
 # %% ../../nbs/data/shards.ipynb #c033
 def arguments()->argparse.ArgumentParser:
     "The two commands."
-    parser = argparse.ArgumentParser(prog="python -m sdmae.data.shards",
+    parser = argparse.ArgumentParser(prog="sdmae shards",
                                      description="Tar files of images for sets larger than memory; pretrain.shards names their folder.")
     sub = parser.add_subparsers(dest="command", required=True)
     p = sub.add_parser("write", help="a split of a prepared store as shards")

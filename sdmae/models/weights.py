@@ -361,7 +361,7 @@ def export_timm(
 # %% ../../nbs/models/weights.ipynb #c061
 def arguments():
     "The command line's grammar."
-    parser = argparse.ArgumentParser(prog="python -m sdmae.models.weights", description="Published encoders in, ours out.")
+    parser = argparse.ArgumentParser(prog="sdmae weights", description="Published encoders in, ours out.")
     sub = parser.add_subparsers(dest="command", required=True)
     p = sub.add_parser("import", help="weights from elsewhere as a folder of an encoder")
     p.add_argument("source", help="checkpoint (.pth, .pt, .bin, .safetensors) or a name that timm knows (hf-hub:owner/name)")

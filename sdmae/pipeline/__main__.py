@@ -97,13 +97,15 @@ def leave_nothing(out:str, **facts):
 # %% ../../nbs/pipeline/main.ipynb #n009
 def report(study:str):
     "Tables, figures and page of one comparison."
-    from sdmae.pipeline.pages import html
+    from sdmae.pipeline.pages import beside, html
     from sdmae.pipeline.sweep import sweep
     P, out = load_params(), f"reports/{study}"
     need(*{store_of(P.tasks[t].data) for t in P.compare[study].tasks}, f"runs/{study}", f"evals/{study}")
     run("build/notebooks/report.ipynb", f"{out}/notebook.ipynb",
         dict(params="params.yaml", study=study, out=out, metrics=f"metrics/{study}"))
-    html(project_root()/out/"notebook.ipynb", project_root()/out/"index.html", title=P.compare[study].title)
+    here, titles = project_root()/out, {s: P.compare[s].title for s in P.reports}
+    links = beside(here, list(dict.fromkeys(P.tasks[t].data for t in P.compare[study].tasks)), titles)
+    html(here/"notebook.ipynb", here/"index.html", title=P.compare[study].title, links=links)
     sweep()
 
 # %% ../../nbs/pipeline/main.ipynb #n011
@@ -112,7 +114,7 @@ STAGES = dict(prepare=(prepare, ("data",)), pretrain=(pretrain, ("study", "encod
 
 def arguments():
     "The command line's grammar."
-    parser = argparse.ArgumentParser(prog="python -m sdmae.pipeline", description="Run a stage of the pipeline, or a notebook.")
+    parser = argparse.ArgumentParser(prog="sdmae pipeline", description="Run a stage of the pipeline, or a notebook.")
     sub = parser.add_subparsers(dest="command", required=True)
     def add(name, help, *names):
         p = sub.add_parser(name, help=help)

@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from ..data.store import TileStore
 from ..evaluate.features import extract
 from ..models.encoders import load_encoder
-from .figures import image_rows, tsne
+from .figures import image_rows, tsne, tsne_points
 from .names import Names
 from ..train.monitor import rankme
 from ..views.augment import rgb
@@ -100,14 +100,14 @@ def neighbour_figure(
 
 # %% ../../nbs/report/embedding.ipynb #n019
 def bare_tsne(
-    x:np.ndarray, store:TileStore, rows:np.ndarray, # features of the rows
-    data:str, encoder:str
+    found:dict, store:TileStore, rows:np.ndarray, # encoder → features of the rows
+    data:str, names:Names
 ): # figure
-    "t-SNE of tiles without labels."
+    "t-SNE of tiles without labels, an encoder a panel."
     table = store.table.iloc[rows]
-    by, names = ("centre", table.centre) if (table.centre != "").any() else ("patient or slide", table.group)
-    most = names.value_counts().index[:9]
-    return tsne(x, None, names.where(names.isin(most), "others").to_numpy(str), data, encoder, by=by)
+    by, lie = ("centre", table.centre) if (table.centre != "").any() else ("patient or slide", table.group)
+    most = lie.value_counts().index[:9]
+    return tsne({e: tsne_points(x) for e, x in found.items()}, lie.where(lie.isin(most), "others").to_numpy(str), data, by, names)
 
 # %% ../../nbs/report/embedding.ipynb #n022
 def to_label(

@@ -9,7 +9,7 @@ __all__ = ['CLASS_COLOURS', 'CLASS_MARKERS', 'ink', 'room', 'grid', 'panels', 's
            'attention_grid']
 
 # %% ../../nbs/report/figures.ipynb #n002
-import textwrap
+import re, textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from matplotlib.colors import to_rgb
 from sklearn.manifold import TSNE
 
-from .names import METRIC_NAMES, NO_NAMES, PROTOCOLS, Names, changes_text, darker, labels_name, sort_key, value_text
+from .names import METRIC_NAMES, NO_NAMES, PROTOCOLS, Names, changes_text, curve_name, darker, labels_name, sort_key, value_text
 from .tables import ablation, spread_text, summarise
 
 # %% ../../nbs/report/figures.ipynb #n006
@@ -362,27 +362,41 @@ def learning_curves(
     metrics=None,        # in order; all by default
     names:Names=NO_NAMES
 ): # figure
-    "A panel per metric, a line per run; seeds of an encoder share its colour. `ValueError` on a metric no run has."
+    "A panel per metric, of losses also per encoder; a line per run. `ValueError` on a metric no run has."
     there = list(dict.fromkeys(curves.metric))
     metrics = there if metrics is None else list(metrics)
     if unknown := [m for m in metrics if m not in there]: raise ValueError(f"learning_curves: no curve {unknown}; there are {there}")
     encoders = curves.encoder.unique()
     size = max(4, 3.2 + room(encoders, names)), max(2.5, .17*len(encoders) + 1)
-    fig, axes = panels(*grid(len(metrics)), *size, f"Learning curves: {data}")
-    for ax, m in zip(axes.flat, metrics): _curve_panel(ax, curves[curves.metric == m], m, names)
-    for ax in axes.flat[len(metrics):]: ax.remove()
+    drawn = [one for m in metrics for one in _split_losses(curves, m, names)]
+    fig, axes = panels(*grid(len(drawn)), *size, f"Learning curves: {data}")
+    for ax, (title, part) in zip(axes.flat, drawn): _curve_panel(ax, part, title, names)
+    for ax in axes.flat[len(drawn):]: ax.remove()
     return fig
 
+# %% ../../nbs/report/figures.ipynb #c319acc
+def _split_losses(curves, metric, names):
+    "Title and rows of each panel of a metric."
+    part, (*folder, key) = curves[curves.metric == metric], metric.split("/")
+    if not key.startswith("loss"): return [(curve_name(metric), part)]
+    total, found = curves[curves.metric == "/".join([*folder, "loss"])], []
+    for e in names.ordered(part.encoder.unique()):
+        own, whole = part[part.encoder == e], total[total.encoder == e]
+        same = key != "loss" and len(own) == len(whole) and np.allclose(own.value, whole.value)
+        if not same: found.append((f"{names.short(e)}: {curve_name(metric)}", own))
+    return found
+
 # %% ../../nbs/report/figures.ipynb #n051
-def _curve_panel(ax, part, metric, names):
-    "Lines of one metric, named at their ends; few points are shown as such."
+def _curve_panel(ax, part, title, names):
+    "Lines of one panel, named at their ends; few points are shown as such."
     ends = {}
     for (encoder, _), run in part.groupby(["encoder","seed"]):
         run = run.sort_values("step")
         ax.plot(run.step, run.value, lw=1.5, ms=4, **names.style(encoder) | ({} if len(run) < 15 else {"marker": ""}))
         ends.setdefault(encoder, []).append((run.step.iloc[-1], run.value.iloc[-1]))
-    ax.set(xlabel="epoch"); ax.set_title(metric, fontsize=10); ax.margins(x=.01)
-    if metric.startswith("structure_r2"): ax.set_ylim(bottom=max(ax.get_ylim()[0], -.02)) # an untrained decoder lies far below
+    ax.set(xlabel="epoch"); ax.set_title(title, fontsize=10); ax.margins(x=.01)
+    low, high = ax.get_ylim()
+    if part.metric.iloc[0].startswith("structure_r2") and high > 0: ax.set_ylim(max(low, -.02), high) # an untrained decoder lies far below
     name_ends(ax, {e: np.nanmean(v, axis=0) for e, v in ends.items()}, names)
 
 # %% ../../nbs/report/figures.ipynb #n054
@@ -428,37 +442,35 @@ def tsne_points(
     return TSNE(perplexity=min(perplexity, (len(x)-1)/3), init="pca", random_state=seed).fit_transform(x)
 
 # %% ../../nbs/report/figures.ipynb #n060
-def _scatter(ax, xy, names, title):
-    "Points coloured by name, with a legend below; a colour comes again only with another marker."
-    kinds = sorted(set(names))
-    for i, kind in enumerate(kinds):
-        chosen = np.asarray(names) == kind
-        look = dict(color=CLASS_COLOURS[i % len(CLASS_COLOURS)], marker=CLASS_MARKERS[i//len(CLASS_COLOURS) % len(CLASS_MARKERS)])
-        ax.plot(*xy[chosen].T, ls="", ms=3, alpha=.75, mew=0, label=kind, **look)
-    ax.set(xticks=[], yticks=[], title=title, aspect="equal", adjustable="datalim"); ax.spines[:].set_visible(False)
-    widest = max(map(len, map(str, kinds)))
-    ax.legend(loc="upper center", bbox_to_anchor=(.5, 0), ncols=max(1, min(5, 40//(widest + 4))), fontsize=8, frameon=False,
-              markerscale=2.2, handletextpad=.1, columnspacing=1)
+def _scatter(ax, xy, kinds, title):
+    "Points by kind, each with its own colour and marker: two kinds share a marker only where there are many."
+    for i, kind in enumerate(sorted(set(kinds))):
+        chosen = np.asarray(kinds) == kind
+        look = dict(color=CLASS_COLOURS[i % len(CLASS_COLOURS)], marker=CLASS_MARKERS[i % len(CLASS_MARKERS)])
+        ax.plot(*xy[chosen].T, ls="", ms=3.5, alpha=.75, mew=0, label=kind, **look)
+    ax.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim"); ax.spines[:].set_visible(False)
+    ax.set_title(title, fontsize=10)
 
 # %% ../../nbs/report/figures.ipynb #n061
 def tsne(
-    features,  # (n, D)
-    labels,    # (n,) class names; None where there are none
-    centres,   # (n,) names, "" where unknown
-    data:str,  # as from `data_label`
-    encoder:str="", # its name, for the title
-    seed:int=0,
-    by:str="centre" # what the centres are
+    points:dict,  # encoder → (n, 2), as from `tsne_points`, of the same n tiles
+    kinds,        # (n,) names, "" where unknown
+    data:str,     # as from `data_label`
+    by:str="class", # what the names are
+    names:Names=NO_NAMES
 ): # figure
-    "t-SNE of features by class and, where more than one is known, by centre; `ValueError` where lengths disagree."
-    bare, centres = labels is None, np.asarray(centres, dtype=str)
-    labels = centres if bare else np.asarray(labels, dtype=str)
-    if not len(features) == len(labels) == len(centres):
-        raise ValueError(f"tsne: {len(features)} features, {len(labels)} labels, {len(centres)} centres")
-    xy, several = tsne_points(features, seed), not bare and len(set(centres)) > 1
-    fig, axes = panels(1, 1 + several, 4.4, 4.4, f"t-SNE of {encoder} features: {data}".replace("  ", " "))
-    _scatter(axes[0,0], xy, np.where(labels == "", "unknown", labels), f"by {by}" if bare else "by class")
-    if several: _scatter(axes[0,1], xy, np.where(centres == "", "unknown", centres), f"by {by}")
+    "A panel an encoder, points by kind, one legend; `ValueError` where lengths disagree."
+    kinds = np.asarray(kinds, dtype=str)
+    kinds = np.where(kinds == "", "unknown", kinds)
+    if wrong := {e: len(p) for e, p in points.items() if len(p) != len(kinds)}:
+        raise ValueError(f"tsne: {len(kinds)} names, points {wrong}")
+    fig, axes = panels(*grid(len(points)), 3.2, 3.2, f"t-SNE of frozen features by {by}: {data}")
+    for ax, (e, xy) in zip(axes.flat, points.items()): _scatter(ax, xy, kinds, names.short(e))
+    for ax in axes.flat[len(points):]: ax.remove()
+    handles, shown = axes[0,0].get_legend_handles_labels()
+    fits = int(13*fig.get_size_inches()[0]/(max(map(len, shown)) + 4))
+    fig.legend(handles, shown, loc="outside lower center", ncols=max(1, min(fits, len(shown))), fontsize=8.5, frameon=False, markerscale=2,
+               handletextpad=.1, columnspacing=1)
     return fig
 
 # %% ../../nbs/report/figures.ipynb #n064
@@ -498,7 +510,8 @@ def reconstruction_grid(
     what:str=""    # encoder and epoch, for the title
 ): # figure
     "What was there, what the encoder saw, and what was reconstructed, a column per tile."
-    return image_rows(pictures, f"Reconstructions: {data}" + f", {what}"*bool(what))[0]
+    said = {re.sub(r"_(\d+)$", r" at scale \1", k): v for k, v in pictures.items()} # original_2
+    return image_rows(said, f"Reconstructions: {data}" + f", {what}"*bool(what))[0]
 
 # %% ../../nbs/report/figures.ipynb #n070
 def stretch(

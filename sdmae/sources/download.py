@@ -520,7 +520,7 @@ def main(
     argv:list[str]|None=None # without the program's name; None: the command line
 )->int: # exit status
     "Show the sets, or bring one."
-    parser = argparse.ArgumentParser(prog="python -m sdmae.sources.download", description="Bring a public set from its publisher.")
+    parser = argparse.ArgumentParser(prog="sdmae download", description="Bring a public set from its publisher.")
     parser.add_argument("name", nargs="?", help="a set; without it all are shown")
     parser.add_argument("--to", default="data", help="where the set gets a folder (data)")
     a = parser.parse_args(argv)

@@ -232,7 +232,7 @@ def open_slides(
     known = read_table(p.table, [s.stem for s in slides])
     done = cut_all(slides, cut_folder(), p, data.image_size, data.seed)
     bad = [why for _, _, why in done if why]
-    if len(bad) == len(slides): raise ValueError(f"{path}: none of {len(slides)} slides can be used: {'; '.join(bad[:5])}")
+    if len(bad) == len(slides): raise ValueError(f"{path}: none of {len(slides)} slides can be used: {'; '.join(bad[:12])}")
     records = [r for s, (f, plan, _) in zip(slides, done) if plan for r in records_of(s, f, plan, known, mpp_of(s, p.default_mpp))]
     notes = [f"{len(records)} tiles of {len(slides) - len(bad)} slides, at {', '.join(f'{m:g}' for m in p.mpp)} µm a pixel"]
     if bad: notes.append(f"warning: {len(bad)} of {len(slides)} slides were left out: {'; '.join(bad)}")

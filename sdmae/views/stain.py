@@ -344,8 +344,9 @@ def main(
     argv:list[str]=None # by default the command line
 )->int:                 # exit code
     "Fit a file of stain."
-    parser = argparse.ArgumentParser(prog="python -m sdmae.views.stain", description="Statistics of stain, for views.stain.file.")
-    p = parser.add_subparsers(dest="command", required=True).add_parser("fit", help="fit both laws to the stain of tiles")
+    parser = argparse.ArgumentParser(prog="sdmae", description="Statistics of stain, for views.stain.file.")
+    p = parser.add_subparsers(dest="command", required=True).add_parser("fit", prog="sdmae fit-stain",
+                                                                               help="fit both laws to the stain of tiles")
     p.add_argument("place", help="prepared store (its training split is taken), or a folder or zip of images (all are)")
     p.add_argument("--out", help="file to write (default: stains/NAME.json in the project)")
     p.add_argument("--space", dest="spaces", nargs="+", choices=list(SPACES), default=list(SPACES), help="colour spaces (default: all)")
