@@ -188,7 +188,8 @@ def files_of(out:Path)->list[Path]: # GeoJSON, table, overlay
 # %% ../nbs/nuclei.ipynb #cec080b
 def write_nuclei(
     picture:Picture, found:Iterator[dict], out:Path, # without a suffix: NAME.geojson, NAME.csv, NAME.png are made
-    type_names:dict
+    type_names:dict,
+    kind:str="detection" # or annotation, which can be redrawn in QuPath
 )->dict: # how many of each type
     "Outlines, table and overlay, each whole or not at all; nuclei are written as they come. Raises `FileExistsError`."
     g, c, p = files_of(out)
@@ -202,7 +203,8 @@ def write_nuclei(
                 counts[name] += 1
                 row = row_of(n, number, name, picture.scale, picture.mpp)
                 sure = {k: v for k, v in zip(COLUMNS[-2:], row[-2:]) if v != ""}
-                features.write(",\n"*(number > 1) + json.dumps(feature([r*picture.scale for r in n["rings"]], number, name, colour, sure)))
+                rings = [r*picture.scale for r in n["rings"]]
+                features.write(",\n"*(number > 1) + json.dumps(feature(rings, number, name, colour, sure, kind)))
                 rows.writerow(row); overlay.add(n["rings"], colour)
             features.write("]}")
         overlay.image.save(p, "PNG")
@@ -218,6 +220,7 @@ def main(argv:list[str]=None)->int: # exit code
     parser.add_argument("--out", type=Path, help="where to write, without suffix (default: beside the image, its name and -nuclei)")
     parser.add_argument("--mpp", type=float, help="µm a pixel of the image, where the file does not say so")
     parser.add_argument("--block", type=int, default=2048, help="px of a block that is in memory at once (default: 2048)")
+    parser.add_argument("--annotations", action="store_true", help="write annotations, which can be redrawn in QuPath, not detections")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     a = parser.parse_args(argv)
     try:
@@ -229,7 +232,8 @@ def main(argv:list[str]=None)->int: # exit code
         def predict(image):
             x = torch.from_numpy(image.copy()).permute(2, 0, 1)
             return predict_nuclei(predict_maps(model, x, params, precision), post)
-        counts = write_nuclei(picture, nuclei_in(picture, predict, **grid_of(a.block, params)), out, made["types"])
+        found, kind = nuclei_in(picture, predict, **grid_of(a.block, params)), "annotation" if a.annotations else "detection"
+        counts = write_nuclei(picture, found, out, made["types"], kind)
     except (ValueError, OSError) as e: print(e, file=sys.stderr); return 2
     if made["mpp"] and not picture.mpp: print(f"{a.image}: µm a pixel are not known, taken as in training ({made['mpp']}): say --mpp")
     print(f"{out}.geojson, .csv, .png: {sum(counts.values())} nuclei ({', '.join(f'{n} {k}' for k, n in counts.items())})")

@@ -68,8 +68,11 @@ class SlidesParams(Section):
 class MasksParams(Section):
     "Annotated nuclei."
     layout:Literal["pairs","consep","pannuke","xml","geojson"] = "pairs" # images/ and masks/, or as a publisher ships them
-    group:str = r"^([^_]+)_"                                # regular expression: its first group in a file's name is the slide
+    group:str|None = None                                   # regular expression: its first group in a file's name is the slide. None: of
+                                                            # pairs what is before the first underscore, else each image is its own slide
     mpp:float|None = Field(None, gt=0)                      # µm a pixel, where it is known
+    types:list[Text] = []                                   # names of types 1, 2, …: of pairs with types/; of geojson its classes, in order
+    folders:Literal["slides","split"] = "slides"            # of pairs: the outermost folders say nothing, or train, valid and test
 
 # %% ../nbs/params.ipynb #c011
 class DataParams(Section):

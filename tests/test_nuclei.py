@@ -249,6 +249,11 @@ def test_the_command(tmp_path, capsys):
     assert main([str(tmp_path/"b.png"), "--weights", str(tmp_path/"run"), "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert "b.png" in said and len(said.strip().splitlines()) == 1 and not (tmp_path/"b-nuclei.csv").exists()
+    before = (tmp_path/"a.png").read_bytes()
+    assert main([str(tmp_path/"a.png"), "--weights", str(tmp_path/"run"), "--out", str(tmp_path/"a"), "--device", "cpu"]) == 2
+    assert (tmp_path/"a.png").read_bytes() == before and "a.png" in capsys.readouterr().err
+    assert main([str(tmp_path/"a.png"), "--weights", str(tmp_path/"run"), "--out", str(tmp_path/"c"), "--annotations", "--device", "cpu"]) == 0
+    assert {f["properties"]["objectType"] for f in json.loads((tmp_path/"c.geojson").read_text())["features"]} == {"annotation"}
 
 
 def in_memory(image, own=None, wanted=None): return resized(image.shape[:2], lambda t, l, h, w: image[t:t+h, l:l+w], own, wanted)

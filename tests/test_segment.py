@@ -87,14 +87,14 @@ def test_folders_above_are_allowed(tmp_path):
 
 @pytest.mark.parametrize("array, form, expected", [
     (np.array([[True, False]]), "PNG", [[1, 0]]), (np.array([[0, 255]], np.uint8), "PNG", [[0, 255]]),
-    (np.array([[0, 40000]], np.uint16), "PNG", [[0, 40000]]), (np.array([[0, 700]], np.int32), "TIFF", [[0, 700]])])
+    (np.array([[0, 40000]], np.uint16), "PNG", [[0, 40000]]), (np.array([[0, 700]], np.int32), "TIFF", [[0, 700]]), (np.array([[0, 70000]], np.int32), "TIFF", [[0, 70000]])])
 def test_forms_of_masks(array, form, expected):
     mask = decode_mask(encoded(array, form), "a")
-    assert mask.tolist() == expected and mask.dtype in (np.uint8, np.uint16)
+    assert mask.tolist() == expected and mask.dtype in (np.uint8, np.uint16, np.int32)
 
 @pytest.mark.parametrize("data, message", [
     (encoded(np.zeros((4, 4, 3), np.uint8)), "one channel"), (encoded(np.zeros((4, 4), np.float32), "TIFF"), "one channel"),
-    (encoded(np.zeros((4, 4), np.uint8), "JPEG"), "JPEG"), (encoded(np.array([[0, 70000]], np.int32), "TIFF"), "70000"),
+    (encoded(np.zeros((4, 4), np.uint8), "JPEG"), "JPEG"), (encoded(np.array([[0, -7]], np.int32), "TIFF"), "numbers from -7"),
     (encoded(np.zeros((40, 40), np.uint8))[:50], "truncated"), (b"no image", "truncated")])
 def test_faulty_masks(data, message):
     with pytest.raises(ValueError, match=message) as e: decode_mask(data, "masks/a.png")
@@ -160,7 +160,7 @@ def test_more_faulty_masks(data, message):
 def renamed(contents, old, new): return {k.replace(old, new): v for k, v in contents.items()}
 
 @pytest.mark.parametrize("change, message", [
-    (lambda c: renamed(c, "masks/A_0.png", "masks/A_0_mask.png"), r"images/A_0\.png has no mask.*\(1 such files\). The nearest is .*masks/A_0_mask\.png"), (lambda c: renamed(c, "masks/", "instances/"), "has no mask.*There are folders images, instances"),
+    (lambda c: renamed(c, "masks/A_0.png", "masks/A_0_mask.png"), r"images/A_0\.png has no mask.*\(1 such files\). The nearest is .*masks/A_0_mask\.png"), (lambda c: renamed(c, "masks/", "outlines/"), "has no mask.*There are folders images, outlines"),
     (lambda c: renamed(c, "images/", "Images/"), "no image below a folder images/.*There are folders Images, masks"), (lambda c: c | {"masks/A_0.png": written(np.zeros((32, 32), np.uint8), exif=exif(3))}, r"stored turned in different ways .EXIF orientation 1 and 3"),
     (lambda c: renamed(c, "masks/A_0.png", "masks/a_0.png"), r"images/A_0\.png has no mask.*nearest is .*masks/a_0\.png"), (lambda c: c | {"masks/A_0.tif": written(np.zeros((32, 32), np.uint8), "TIFF")}, r"A_0\.(png|tif) and .*A_0\.(png|tif) have the same name")])
 def test_sets_that_do_not_meet(tmp_path, change, message):

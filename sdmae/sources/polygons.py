@@ -49,15 +49,17 @@ def inside(point, ring:np.ndarray)->bool:
     return bool((across & (x < a + (y - b)/np.where(across, d - b, 1)*(c - a))).sum() % 2)
 
 # %% ../../nbs/sources/polygons.ipynb #k009
-COLOURS = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (213, 94, 0), (0, 114, 178), (240, 228, 66)] # Okabe and Ito
+COLOURS = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (0, 114, 178), (204, 121, 167)] # Okabe and Ito,
+# pink last: so is tissue
 
 def feature(
-    rings:list[np.ndarray], number:int, name:str, colour, measurements:dict
+    rings:list[np.ndarray], number:int, name:str, colour, measurements:dict,
+    kind:str="detection" # or annotation, which can be redrawn
 )->dict:
     "A nucleus as QuPath reads it."
     pieces = [[r.tolist() for r in p] for p in pieces_of(rings)]
     shape = dict(type="Polygon", coordinates=pieces[0]) if len(pieces) == 1 else dict(type="MultiPolygon", coordinates=pieces)
-    properties = dict(objectType="detection", name=str(number), classification=dict(name=name, color=list(colour)))
+    properties = dict(objectType=kind, name=str(number), classification=dict(name=name, color=list(colour)))
     return dict(type="Feature", geometry=shape, properties=properties | dict(measurements=measurements))
 
 # %% ../../nbs/sources/polygons.ipynb #k010
@@ -67,27 +69,29 @@ def features_of(
     type_names:dict|None=None, # type → name
     probabilities:dict|None=None, # id → name → number: measurements
     colours:dict|None=None,    # type → (red, green, blue) of 255; default: `COLOURS` in turn
-    offset:tuple=(0, 0)        # of the map in its image, px: top, left
+    offset:tuple=(0, 0),       # of the map in its image, px: top, left
+    kind:str="detection"       # or annotation
 )->list[dict]:
     "Every nucleus of a map. Raises `ValueError` for a nucleus without a type, or a type without a name."
     out = []
     for i, box in enumerate(find_objects(instances.astype(np.int64)), 1):
         if box is None: continue
-        kind = (types or {}).get(i, 0)
+        t = (types or {}).get(i, 0)
         if types and i not in types: raise ValueError(f"nucleus {i} has no type")
-        if kind and kind not in (type_names or {}): raise ValueError(f"type {kind} has no name: there are {type_names}")
-        name = type_names[kind] if kind else "Nucleus"
-        colour = (colours or {}).get(kind, COLOURS[kind % len(COLOURS)])
+        if t and t not in (type_names or {}): raise ValueError(f"type {t} has no name: there are {type_names}")
+        name = type_names[t] if t else "Nucleus"
+        colour = (colours or {}).get(t, COLOURS[t % len(COLOURS)])
         rings = rings_of(instances[box] == i, box[0].start + offset[0], box[1].start + offset[1])
-        out.append(feature(rings, i, name, colour, (probabilities or {}).get(i, {})))
+        out.append(feature(rings, i, name, colour, (probabilities or {}).get(i, {}), kind))
     return out
 
 # %% ../../nbs/sources/polygons.ipynb #c04e1e0
 def write_geojson(
-    path:str|Path, instances:np.ndarray, types=None, type_names=None, probabilities=None, colours=None # as of `features_of`
+    path:str|Path, instances:np.ndarray, types=None, type_names=None, probabilities=None, colours=None,
+    kind="detection" # all as of `features_of`
 ):
     "A file that QuPath opens by dragging it onto the image, whole or not at all."
-    save_features(path, features_of(instances, types, type_names, probabilities, colours))
+    save_features(path, features_of(instances, types, type_names, probabilities, colours, kind=kind))
 
 # %% ../../nbs/sources/polygons.ipynb #c9193ce
 def save_features(path:str|Path, features:list[dict]):
