@@ -67,12 +67,17 @@ class MasksParams(Section):
 class DataParams(Section):
     "Which images, and how they are prepared."
     name:Text                                               # shown in tables and figures
-    adapter:Literal["nct","pcam","folder","csv","cbis","masks"] # layout of the archive
+    adapter:Literal["nct","pcam","folder","csv","cbis","masks","bach","breakhis","chaoyang","idc","kather2016","lc25000",
+                    "mhist","pathmnist","wilds"] # layout of the archive
     path:Text = Field(min_length=1)                         # folder or archive, from the project's root or absolute
     image_size:int|None = Field(None, ge=8)                 # px of a prepared tile; images with masks stay as they are
     crop:int|None = Field(None, ge=8)                       # centre crop, px, before resizing
     drop_classes:list[Text] = []                            # ["BACK"] gives NCT-CRC's 8 classes
     folders:Literal["class","group"] = "class"              # of adapter folder: what the folders of images are; group: patients or slides
+    columns:dict[Literal["path","label","group","split","centre"],Text] = {} # of adapter csv, or of groups: which column is which
+    splits:dict[Text,Literal["train","valid","test"]] = {}  # of adapter csv: the table's own words
+    groups:Text|None = Field(None, min_length=1)            # a CSV of path and group, for a set whose publisher tells no groups
+    pick:Text|None = Field(None, min_length=1)              # regular expression: only tiles whose path has it
     valid_fraction:float = Field(0.15, gt=0, lt=0.5)        # of train, where the publisher ships no valid split; of masks: of the slides
     limit:int|None = Field(None, ge=1)                      # at most so many tiles a split, for trials
     seed:int = Field(0, ge=0)                               # of the split
@@ -88,6 +93,8 @@ class DataParams(Section):
         if (self.image_size is None) != (self.adapter == "masks"):
             raise ValueError("image_size, px of a prepared tile, must be given, but for adapter: masks")
         if self.folders == "group" and self.adapter != "folder": raise ValueError("folders: group is for adapter: folder")
+        if self.columns and self.adapter != "csv" and not self.groups: raise ValueError("columns is for adapter: csv, and for groups")
+        if self.splits and self.adapter != "csv": raise ValueError("splits is for adapter: csv")
         return self
 
 # %% ../nbs/params.ipynb #c013
