@@ -7,8 +7,8 @@ __all__ = ['SPLITS', 'SUFFIXES', 'SYNTHETIC', 'FORMATS', 'MAX_PIXELS', 'MAX_BYTE
            'UNSEEN', 'WHOLE', 'UNKNOWN', 'Record', 'Task', 'Source', 'Unfit', 'named', 'opened', 'one_page', 'shallow',
            'flat', 'decode', 'right_name', 'open_file', 'bytes_of', 'read_bytes', 'read_image', 'first_look', 'size_of',
            'other_kind', 'check_entry', 'open_zip', 'walk', 'kinds_of', 'left_out', 'zip_names', 'check_names',
-           'list_files', 'list_images', 'is_synthetic', 'tidy', 'csv_rows', 'one_spelling', 'joined', 'alike_key',
-           'look_alikes', 'draw_share', 'quotas']
+           'list_files', 'list_images', 'visible', 'below', 'is_synthetic', 'tidy', 'csv_rows', 'read_table',
+           'one_spelling', 'joined', 'alike_key', 'look_alikes', 'draw_share', 'quotas']
 
 # %% ../../nbs/data/records.ipynb #c002
 import csv, io, os, re, tarfile, unicodedata, zipfile
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 
-import numpy as np
+import numpy as np, pandas as pd
 from PIL import Image, ImageOps
 
 # %% ../../nbs/data/records.ipynb #c005
@@ -360,6 +360,21 @@ def list_images(
     "Every image in a folder or zip; errors as `list_files`."
     return [(n, partial(read_image, place, n, f"{shown}/{n}"), f"{shown}/{n}") for n in list_files(place, notes=notes)]
 
+# %% ../../nbs/data/records.ipynb #c08c10e
+def visible(folder:Path)->list[Path]: # sorted
+    "What is in a folder, but for hidden files."
+    return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX")))
+
+def below(
+    folder:Path,
+    fits,           # of a path
+    depth:int=2     # folders below that are looked into
+)->list[Path]:      # sorted
+    "What fits in a folder, or, if nothing does, in the folders below it."
+    inside = visible(folder) if folder.is_dir() else []
+    return [p for p in inside if fits(p)] or [q for p in inside if depth and p.is_dir() for q in below(p, fits, depth-1)]
+
+
 # %% ../../nbs/data/records.ipynb #c021
 def is_synthetic(
     place:Path # a folder or a zip
@@ -398,6 +413,21 @@ def csv_rows(
         if any(row) and (len(row) < n or any(row[n:])):
             raise ValueError(f"{path}: row {i+1} has {len(row)} values for {n} columns: is it cut off? Get the file again, or mend it.")
     return [[*row, *[""]*n][:n] for row in rows]
+
+# %% ../../nbs/data/records.ipynb #cf6d2f5
+def read_table(
+    path:Path   # a CSV
+)->pd.DataFrame: # all text, columns tidy in small letters; the index counts rows as a spreadsheet does
+    "A CSV as text; `ValueError` as `csv_rows`, or where a column is there twice."
+    with named(path, "not a CSV that can be read", "Save it as CSV in UTF-8."):
+        if path.stat().st_size > MAX_BYTES: raise ValueError("too large")
+        data = path.read_bytes()
+    head, *body = csv_rows(data, path)
+    head = [tidy(c).lower() for c in head]
+    if twice := [c for c, n in Counter(filter(None, head)).items() if n > 1]:
+        raise ValueError(f"{path}: the column {twice[0]!r} is there twice. Keep one of them.")
+    rows = pd.DataFrame(body, columns=head, index=range(2, len(body)+2), dtype=str).loc[:, [c != "" for c in head]] # "": row numbers
+    return rows[rows.map(str.strip).ne("").any(axis=1)]
 
 # %% ../../nbs/data/records.ipynb #u019
 WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+") # a whole number as spreadsheets write it

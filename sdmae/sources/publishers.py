@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'NCT_CLASSES', 'PCAM_CLASSES', 'UNLABELLED', 'NCT_TRAIN', 'NCT_TEST', 'NCT_TILES', 'PCAM_TILES',
-           'PCAM_LABELS', 'GROUP_LIKE', 'GROUP_WORDS', 'SPLIT_WORDS', 'ADAPTERS', 'parse_layout', 'group_layout',
-           'nct_name', 'visible', 'below', 'nct', 'read_h5', 'check_written', 'read_table', 'no_valid', 'pcam',
-           'beside', 'bare_folder', 'folder', 'unread', 'unanswered', 'read_rows', 'spelled', 'once', 'image_folder',
+           'PCAM_LABELS', 'COLUMNS', 'GROUP_LIKE', 'GROUP_WORDS', 'SPLIT_WORDS', 'ADAPTERS', 'parse_layout',
+           'group_layout', 'nct_name', 'nct', 'read_h5', 'check_written', 'no_valid', 'pcam', 'beside', 'bare_folder',
+           'folder', 'as_named', 'unread', 'unanswered', 'split_of', 'read_rows', 'spelled', 'once', 'image_folder',
            'found_files', 'csv', 'slides', 'draw_plain', 'deal', 'uneven', 'draw_even', 'assign_splits',
            'without_group', 'check_groups', 'limit_splits', 'few_groups', 'check_splits', 'drop', 'lopsided',
-           'drawn_splits', 'open_source']
+           'drawn_splits', 'regrouped', 'picked', 'open_source']
 
 # %% ../../nbs/sources/publishers.ipynb #c002
 import os, re, unicodedata
@@ -20,9 +20,10 @@ from pathlib import Path, PurePosixPath
 
 import h5py, numpy as np, pandas as pd
 from .cbis import cbis
+from .sets import PUBLISHERS
 from ..data.copies import bound
-from ..data.records import MAX_BYTES, Record, SPLITS, SYNTHETIC, Source, Unfit, csv_rows, draw_share, is_synthetic, joined
-from ..data.records import list_images, look_alikes, named, quotas, read_image, tidy
+from ..data.records import MAX_BYTES, Record, SPLITS, SYNTHETIC, Source, Unfit, below, draw_share, is_synthetic, joined
+from ..data.records import list_images, look_alikes, named, quotas, read_image, read_table, tidy, visible
 from ..params import DataParams, project_root
 
 # %% ../../nbs/sources/publishers.ipynb #c004
@@ -79,19 +80,6 @@ def nct_name(
     return name if name in NCT_TILES else ""
 
 # %% ../../nbs/sources/publishers.ipynb #c010
-def visible(folder:Path)->list[Path]: # sorted
-    "What is in a folder, but for hidden files."
-    return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX")))
-
-def below(
-    folder:Path,
-    fits,           # of a path
-    depth:int=2     # folders below that are looked into
-)->list[Path]:      # sorted
-    "What fits in a folder, or, if nothing does, in the folders below it."
-    inside = visible(folder) if folder.is_dir() else []
-    return [p for p in inside if fits(p)] or [q for p in inside if depth and p.is_dir() for q in below(p, fits, depth-1)]
-
 def _nct_place(folder, stems):
     "The one zip or folder of these names in `folder`."
     found = below(folder, lambda p: nct_name(p) in stems and (p.is_dir() or p.suffix.lower() == ".zip"))
@@ -191,21 +179,6 @@ def _h5_array(file, key):
         if x.external or x.is_virtual: raise Unfit(f"{file}: the pixels of {key!r} lie in another file. Do not use it; get it again.")
         if not x.shape: raise Unfit(f"{file}: {key} is {x.dtype} {x.shape}, expected an array with a row for each tile.")
     return x
-
-# %% ../../nbs/sources/publishers.ipynb #c018
-def read_table(
-    path:Path   # a CSV
-)->pd.DataFrame: # all text, columns tidy in small letters; the index counts rows as a spreadsheet does
-    "A CSV as text; `ValueError` as `csv_rows`, or where a column is there twice."
-    with named(path, "not a CSV that can be read", "Save it as CSV in UTF-8."):
-        if path.stat().st_size > MAX_BYTES: raise ValueError("too large")
-        data = path.read_bytes()
-    head, *body = csv_rows(data, path)
-    head = [tidy(c).lower() for c in head]
-    if twice := [c for c, n in Counter(filter(None, head)).items() if n > 1]:
-        raise ValueError(f"{path}: the column {twice[0]!r} is there twice. Keep one of them.")
-    rows = pd.DataFrame(body, columns=head, index=range(2, len(body)+2), dtype=str).loc[:, [c != "" for c in head]] # "": row numbers
-    return rows[rows.map(str.strip).ne("").any(axis=1)]
 
 # %% ../../nbs/sources/publishers.ipynb #d002
 def _pcam_slides(file, labels):
@@ -336,6 +309,27 @@ def folder(
         notes.append(f"warning: classes called {', '.join(classes[:3])} seem to be patients or slides." + UNLABELLED)
     return Source(data.name, records, classes, is_synthetic(path), notes + left + more + beside(path))
 
+# %% ../../nbs/sources/publishers.ipynb #c69b125
+COLUMNS = ("path", "label", "group", "split", "centre")
+
+def as_named(
+    rows:pd.DataFrame,      # of a CSV
+    columns:dict[str,str],  # ours -> the table's own name, or a pattern of several: "{split}/{name}.jpg"
+    path:Path               # for the error
+)->pd.DataFrame:
+    "A table with the columns that `data.columns` names under our names. `ValueError` where it has no such column."
+    asked = {c: re.findall(r"{([^{}]+)}", own) or [own] for c, own in columns.items()}
+    for c, names in asked.items():
+        for n in names:
+            if tidy(n).lower() not in rows:
+                raise ValueError(f"{path}: data.columns takes {c} from {n!r}, and there is no such column; there are {list(rows.columns)}.")
+    def values(own):
+        if "{" not in own: return rows[tidy(own).lower()]
+        return rows.apply(lambda row: re.sub(r"{([^{}]+)}", lambda m: row[tidy(m[1]).lower()], own), axis=1)
+    used = {tidy(n).lower() for names in asked.values() for n in names} - set(columns)
+    return rows.assign(**{c: values(own) for c, own in columns.items()}).drop(columns=list(used - set(COLUMNS)))
+
+
 # %% ../../nbs/sources/publishers.ipynb #c026
 GROUP_LIKE = ("patient", "slide", "case", "subject", "wsi", "person", "donor", "group", "participant", "specimen") # part of a name
 GROUP_WORDS, SPLIT_WORDS = {"mrn", "pid"}, {"split", "splits", "fold", "folds", "set", "subset", "partition"}       # words of a name
@@ -365,26 +359,39 @@ def unanswered(
                          "none.")
     return [f"warning: {none.sum()} of {len(none)} tiles have no label"]
 
+# %% ../../nbs/sources/publishers.ipynb #c3af749
+def split_of(
+    said:pd.Series,         # as it stands in a table
+    splits:dict[str,str],   # as `data.splits`: the table's word -> train, valid or test
+    path:Path               # for the error
+)->pd.Series:
+    "Splits by their names here. `ValueError` naming the first row whose word is unknown, or that alone has none."
+    known = SPLIT_NAMES | {tidy(w).lower(): s for w, s in splits.items()}
+    words = said.map(tidy).str.lower()
+    wrong = ~words.isin([*known, ""]) | (words.eq("") & words.ne("").any())
+    if wrong.any():
+        raise ValueError(f"{path}: row {wrong.idxmax()} has split {said[wrong.idxmax()]!r}; expected one of train, valid, test in every "
+                         "row, or none at all. Other words are told in data.splits, as {testA: test}.")
+    return words.map(lambda w: known.get(w, ""))
+
+
 # %% ../../nbs/sources/publishers.ipynb #n002
 def read_rows(
-    path:Path # a CSV
+    path:Path,              # a CSV
+    columns:dict[str,str]={}, splits:dict[str,str]={} # as `data.columns` and `data.splits`
 )->tuple[pd.DataFrame, list[str]]: # columns path, label, group, split, centre, all text; notes
     "The CSV's rows; `ValueError` on a missing column, an unknown or only partly given split, and as `unanswered`."
     if not path.is_file(): raise FileNotFoundError(f"{path} is not a file. data.path must name a CSV with a column path.")
-    rows = read_table(path)
-    if "path" not in rows: raise ValueError(f"{path}: column 'path' is missing; there are {list(rows.columns)}.")
+    rows = as_named(read_table(path), columns, path)
+    if "path" not in rows: raise ValueError(f"{path}: column 'path' is missing; there are {list(rows.columns)}. "
+                                             "data.columns says which it is.")
     if not len(rows): raise ValueError(f"{path}: no row in it, so no class.")
     notes = unread(rows)
     for c in ("label","group","split","centre"):
         if c not in rows: rows[c] = ""
     if (none := rows.path.map(tidy) == "").any(): raise ValueError(f"{path}: row {none.idxmax()} has no path.")
     notes += unanswered(rows, path)
-    rows["centre"], splits = rows.centre.map(tidy), rows.split.map(tidy).str.lower()
-    wrong = ~splits.isin([*SPLIT_NAMES, ""]) | (splits.eq("") & splits.ne("").any())
-    if wrong.any():
-        raise ValueError(f"{path}: row {wrong.idxmax()} has split {rows.split[wrong.idxmax()]!r}; expected one of train, valid, test in "
-                         "every row, or none at all.")
-    return rows.assign(split=splits.map(lambda s: SPLIT_NAMES.get(s, ""))), notes
+    return rows.assign(centre=rows.centre.map(tidy), split=split_of(rows.split, splits, path)), notes
 
 # %% ../../nbs/sources/publishers.ipynb #u002
 def spelled(
@@ -434,7 +441,7 @@ def csv(
     path:Path, data:DataParams
 )->Source: # not yet split further
     "A CSV with path (relative to it), optionally label, group, split and centre; errors as `read_rows`, `found_files` and `once`."
-    rows, notes = read_rows(path)
+    rows, notes = read_rows(path, data.columns, data.splits)
     for c in ("label", "group"): rows[c], more = joined(rows[c].tolist(), c); notes += more
     place = image_folder(rows, path)
     rows, more = once(found_files(rows, path, place), path)
@@ -448,7 +455,7 @@ def csv(
 # %% ../../nbs/sources/publishers.ipynb #c029
 def slides(path, data): from sdmae.sources.slides import open_slides; return open_slides(path, data)
 
-ADAPTERS = {"nct":nct, "pcam":pcam, "folder":folder, "csv":csv, "cbis":cbis, "slides":slides}
+ADAPTERS = {"nct":nct, "pcam":pcam, "folder":folder, "csv":csv, "cbis":cbis, "slides":slides, **PUBLISHERS}
 
 # %% ../../nbs/sources/publishers.ipynb #c031
 def draw_plain(
@@ -541,8 +548,8 @@ def check_groups(
     if not torn: return []
     first = f"group {torn[0]!r} is in {' and '.join(s for s in SPLITS if s in splits[torn[0]])}"
     if not publisher:
-        raise ValueError(f"{first}: tiles of one patient or slide must stay in one split. Correct the column split, or leave it out to "
-                         "have it drawn.")
+        raise ValueError(f"{first}: tiles of one patient or slide must stay in one split, and {len(torn)} of {len(splits)} groups are in "
+                         "several. Correct the column split, or leave it out to have it drawn.")
     return [f"warning: groups in two splits, as their publisher has it: {len(torn)}; {first}"]
 
 # %% ../../nbs/sources/publishers.ipynb #c037
@@ -644,6 +651,40 @@ def drawn_splits(
     notes = [f"{n} tiles are equal files, or of groups that share one; the split keeps them together"]*bool(n)
     return records, drawn, notes + lopsided(records, pool, data.valid_fraction, "test" in drawn)
 
+# %% ../../nbs/sources/publishers.ipynb #c524f7f
+def regrouped(
+    records:list[Record],
+    file:Path,              # a CSV of path and group
+    columns:dict[str,str]   # as `data.columns`
+)->list[Record]:
+    "Groups from a table, by the names of files; `ValueError` naming the first tile that it does not tell of, or tells twice."
+    if not file.is_file(): raise FileNotFoundError(f"{file} does not exist: data.groups names a CSV in the folder data.path.")
+    rows = as_named(read_table(file), columns, file)
+    if lost := [c for c in ("path", "group") if c not in rows]:
+        raise ValueError(f"{file}: column {lost[0]!r} is missing; there are {list(rows.columns)}. data.columns says which it is.")
+    rows = pd.DataFrame(dict(path=rows.path.map(lambda p: PurePosixPath(tidy(p)).name), group=rows.group.map(tidy)))
+    rows = rows.drop_duplicates()
+    if (again := rows.path.duplicated()).any():
+        raise ValueError(f"{file}: row {again.idxmax()} names {rows.path[again.idxmax()]} again, in another group. Keep one of the rows.")
+    known, names = dict(zip(rows.path, rows.group)), [PurePosixPath(r.path).name for r in records]
+    if twice := [n for n, k in Counter(names).items() if k > 1]:
+        raise ValueError(f"{file}: {twice[0]} is the name of several tiles, so their groups cannot be told apart.")
+    if bare := [n for n in names if not known.get(n)]:
+        raise ValueError(f"{file}: no group of {bare[0]}; {len(bare)} of {len(names)} tiles have none there.")
+    return [replace(r, group=known[n]) for r, n in zip(records, names)]
+
+
+# %% ../../nbs/sources/publishers.ipynb #ce89d98
+def picked(
+    records:list[Record],
+    pattern:str # as `data.pick`
+)->tuple[list[Record], list[str]]: # records, notes
+    "Tiles whose path has the pattern; `ValueError` where none has."
+    left = [r for r in records if re.search(pattern, r.path)]
+    if not left: raise ValueError(f"data.pick: no path has {pattern!r}; the first is {records[0].path}.")
+    return left, [f"picked by {pattern}: {len(left)} of {len(records)} tiles"]
+
+
 # %% ../../nbs/sources/publishers.ipynb #d006
 def open_source(
     data:DataParams,
@@ -654,7 +695,10 @@ def open_source(
     path = root/data.path
     source = ADAPTERS[data.adapter](path, data)
     notes = [n.replace(f"{root}{os.sep}", "") for n in source.notes] + (same := look_alikes(source.classes, "classes"))
-    records, classes = drop(source.records, source.classes, data.drop_classes)
+    records, more = picked(source.records, data.pick) if data.pick else (source.records, [])
+    notes += more
+    if data.groups: records = regrouped(records, path/data.groups, data.columns)
+    records, classes = drop(records, source.classes, data.drop_classes)
     if data.drop_classes: notes.append(f"dropped {', '.join(data.drop_classes)}: {len(records)} tiles in {len(classes)} classes left")
     records, drawn, more = drawn_splits(records, data)
     notes += more + without_group(records) + check_groups(records, source.publisher)
