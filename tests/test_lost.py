@@ -9,8 +9,10 @@ from safetensors.torch import load_file
 import kills
 from sdmae.data.store import prepare
 from sdmae.files import Busy, only_one, recover, whole
+from sdmae.made import circumstances
 from sdmae.params import OptimParams
 from sdmae.pipeline.sweep import sweep
+from sdmae.report.provenance import circumstances_of
 from sdmae.train import checkpoint, engine
 from sdmae.train.batches import Batches
 from sdmae.train.checkpoint import before, load_checkpoint, read_checkpoint
@@ -194,6 +196,17 @@ def test_files_are_whole_or_not_there(tmp_path):
     assert (tmp_path/"run"/"a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
     with whole(tmp_path/"run") as p: p.mkdir(); (p/"b").write_text("new")
     assert [o.name for o in (tmp_path/"run").iterdir()] == ["b"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_run_that_goes_on_elsewhere_names_both_places(tmp_path):
+    "What it was begun under is in its result, and the report says it."
+    places = [circumstances("cpu") | dict(threads=n) for n in (1, 2)]
+    first, second = trainer(tmp_path/"c.pt", callbacks=(Stop(2),)), trainer(tmp_path/"c.pt")
+    first.under, second.under = places
+    with pytest.raises(KeyboardInterrupt): first.fit()
+    second.fit()
+    assert second.under["threads"] == 2 and [o["threads"] for o in second.under["begun"]] == [1]
+    assert circumstances_of({"MAE": second.under})["threads"] == "1 thread, then 2 threads" and "then" not in circumstances_of({"MAE": second.under})["device"]
 
 
 # Checkpoints of results that are safe
