@@ -238,6 +238,14 @@ def test_pcam_without_slides_says_so(sample, tmp_path):
     for p in tmp_path.glob("*_meta.csv"): p.unlink()
     assert open_source(params(tmp_path, "pcam")).notes[-1] == "the slides of its tiles are not known: no camelyonpatch_level_2_split_*_meta.csv"
 
+def test_pcam_files_of_a_name_that_differs_a_little(sample, tmp_path):
+    "A split is not drawn in the place of one that is there; a copy beside the files is told."
+    pcam_copy(sample, tmp_path)
+    (tmp_path/f"{stem('test')}_x (1).h5").write_bytes(b"")
+    assert [n for n in open_source(params(tmp_path, "pcam")).notes if "not read: 1; the first is camelyonpatch_level_2_split_test_x (1).h5" in n]
+    for p in tmp_path.glob("*_valid_*"): p.rename(p.with_name(p.name.replace("valid", "val")))
+    with pytest.raises(ValueError, match="split_val_.*: PatchCamelyon has no split 'val'. Call it valid"): open_source(params(tmp_path, "pcam"))
+
 @pytest.mark.parametrize("below", ["", "pcam", "x/pcam"])
 def test_pcam_found_below_or_by_one_of_its_files(sample, tmp_path, below):
     pcam_copy(sample, tmp_path/below)
@@ -915,7 +923,7 @@ def test_tasks(asked):
     "Against pandas' own reading of joined labels."
     from sklearn.preprocessing import MultiLabelBinarizer
     store, _, text = asked
-    hot = pd.Series(text).str.get_dummies("|")
+    hot = pd.Series(text).str.get_dummies("|").drop(columns="", errors="ignore")
     for split in ("train","valid","test"):
         rows = store.indices(split, "many")
         assert rows.tolist() == [i for i in store.indices(split) if text[i]]

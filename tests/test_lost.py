@@ -1,5 +1,5 @@
 "Nothing is lost: damaged checkpoints, numbers that are not finite, full disks, two processes at once, kills; and what is the same again."
-import subprocess, sys, time, warnings
+import json, subprocess, sys, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 import kills
 from sdmae.data.store import prepare
 from sdmae.files import Busy, only_one, recover, whole
+from sdmae.made import circumstances
 from sdmae.params import OptimParams
+from sdmae.pipeline.sweep import sweep
+from sdmae.report.provenance import circumstances_of
 from sdmae.train import checkpoint, engine
 from sdmae.train.batches import Batches
 from sdmae.train.checkpoint import before, load_checkpoint, read_checkpoint
@@ -193,6 +196,34 @@ def test_files_are_whole_or_not_there(tmp_path):
     assert (tmp_path/"run"/"a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
     with whole(tmp_path/"run") as p: p.mkdir(); (p/"b").write_text("new")
     assert [o.name for o in (tmp_path/"run").iterdir()] == ["b"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_run_that_goes_on_elsewhere_names_both_places(tmp_path):
+    "What it was begun under is in its result, and the report says it."
+    places = [circumstances("cpu") | dict(threads=n) for n in (1, 2)]
+    first, second = trainer(tmp_path/"c.pt", callbacks=(Stop(2),)), trainer(tmp_path/"c.pt")
+    first.under, second.under = places
+    with pytest.raises(KeyboardInterrupt): first.fit()
+    second.fit()
+    assert second.under["threads"] == 2 and [o["threads"] for o in second.under["begun"]] == [1]
+    assert circumstances_of({"MAE": second.under})["threads"] == "1 thread, then 2 threads" and "then" not in circumstances_of({"MAE": second.under})["device"]
+
+
+# Checkpoints of results that are safe
+
+def test_what_is_swept_leaves_nothing_and_an_encoder_taken_out_keeps_no_others_there(tmp_path):
+    "DVC's own answers, of two stages of which params.yaml has one no more: its checkpoint stays, for nobody can say that its result is safe."
+    def dvc(*args): subprocess.run([sys.executable, "-m", "dvc", *args], cwd=tmp_path, check=True, capture_output=True)
+    def stages(*names): (tmp_path/"dvc.yaml").write_text(json.dumps(dict(stages={o: dict(cmd=f"{sys.executable} make.py {o}", outs=[f"runs/{o}"]) for o in names})))
+    (tmp_path/"make.py").write_text("import json, sys, pathlib\np = pathlib.Path('runs', sys.argv[1]); p.mkdir(parents=True); (p/'made.json').write_text(json.dumps(dict(checkpoints=['x.pt'])))")
+    dvc("init", "--no-scm"); stages("a", "b"); dvc("repro"); stages("a")
+    for o in "ab":
+        (folder := tmp_path/"checkpoints"/"runs"/o).mkdir(parents=True)
+        for name in ("x.pt", "x.before"): (folder/name).write_text("")
+        with only_one(folder/"x.lock", ""): pass # as a training does
+    sweep(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path/"checkpoints")) for p in (tmp_path/"checkpoints").rglob("x.[pb]*")) == ["runs/b/x.before", "runs/b/x.by", "runs/b/x.pt"]
+    assert not (tmp_path/"checkpoints"/"runs"/"a").exists()
 
 
 # Kills

@@ -25,8 +25,8 @@ def shared(
 def texts(
     made:dict # label of a result → its circumstances
 )->dict[str,dict[str,str]]: # topic → label → text
-    "Circumstances in words, by topic."
-    def of(text): return {label: text(m) for label, m in made.items()}
+    "Circumstances in words, by topic; of a training that went on under others, one after the other."
+    def of(text): return {label: ", then ".join(dict.fromkeys(map(text, [*m.get("begun", []), m]))) for label, m in made.items()}
     many = lambda n, what: f"{n} {what}" + ("s" if what == "thread" else "es")*(n > 1)
     return {"commit": of(lambda m: m["commit"]), "device": of(lambda m: m["device"]), "precision": of(lambda m: m["precision"]),
             "threads": of(lambda m: many(m["threads"], "thread") + f", {many(m['processes'], 'process')}"*(m["processes"] > 1)),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rng_state', 'set_rng_state', 'plain', 'before', 'cannot_resume', 'check_made_of', 'content', 'not_finite',
            'read_checkpoint', 'remembering', 'state_of', 'save_checkpoint', 'last_good', 'check_state', 'is_finished',
-           'put_aside', 'load_checkpoint', 'fingerprint', 'checkpoint_of']
+           'put_aside', 'continued', 'load_checkpoint', 'fingerprint', 'checkpoint_of']
 
 # %% ../../nbs/train/checkpoint.ipynb #c002
 import hashlib, json, os, random, warnings
@@ -147,6 +147,17 @@ def put_aside(path:Path):
     try: os.replace(path, path.with_suffix(".damaged"))
     except OSError as e: warnings.warn(f"{path} is damaged and could not be put aside ({e})")
 
+# %% ../../nbs/train/checkpoint.ipynb #c8922c9
+def continued(
+    then:dict|None, # circumstances of the part that was saved
+    now:dict|None   # of the part that follows
+)->dict|None:       # those of now, with earlier ones, where they were others, as a list in `begun`
+    "Circumstances of a training that goes on."
+    if not then or not now: return now
+    told = lambda under: {k: v for k, v in under.items() if k not in ("time", "begun")}
+    begun = then.get("begun", []) + [told(then)]*(told(then) != told(now))
+    return now | dict(begun=begun) if begun else now
+
 # %% ../../nbs/train/checkpoint.ipynb #n015
 def load_checkpoint(path:Path, trainer):
     "Put a run back to where it was saved. Raises `ValueError` naming a file that is damaged, or of another model, code or version."
@@ -162,7 +173,8 @@ def load_checkpoint(path:Path, trainer):
         for c, memory in zip(remembering(trainer), state["callbacks"], strict=True): c.load_state_dict(memory)
     except Exception as e: raise cannot_resume(file, e) from e
     trainer.step, trainer.history, trainer.sums = state["step"], state["history"], state["sums"]
-    if trainer.step == trainer.steps: trainer.under = state.get("under") # nothing is trained today
+    then, complete = state.get("under"), trainer.step == trainer.steps # of a complete one nothing is trained today
+    trainer.under = then if complete else continued(then, getattr(trainer, "under", None))
     if file != path and path.exists() and trainer.rank == 0: put_aside(path)
 
 # %% ../../nbs/train/checkpoint.ipynb #c010
