@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SLIDES', 'PLAUSIBLE', 'LONGEST', 'COLOUR', 'BAND', 'openslide', 'open_slide', 'slide_at', 'mpp_of', 'check_upright',
            'white', 'thumbnail', 'tissue_mask', 'tile_places', 'read_tile', 'plan_slide', 'key_of', 'cut_slide',
-           'list_slides', 'cut_all', 'read_table', 'tile_of', 'records_of', 'cut_folder', 'open_slides', 'forget_cut',
-           'draw_tiles', 'slide_panels', 'plan_of', 'slide_map', 'tiles_figure', 'component']
+           'list_slides', 'side_by_side', 'cut_all', 'read_table', 'tile_of', 'records_of', 'cut_folder', 'open_slides',
+           'forget_cut', 'draw_tiles', 'slide_panels', 'plan_of', 'slide_map', 'tiles_figure', 'component']
 
 # %% ../../nbs/sources/slides.ipynb #k002
-import hashlib, json, os
+import hashlib, json, multiprocessing, os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from skimage.morphology import remove_small_objects
 from tqdm.auto import tqdm
 from ..params import DataParams, SlidesParams, project_root
 from ..files import remove, whole, write_json
+from ..processes import end_with_parent
 from ..data.store import cores
 from ..data.records import Record, Source, Unfit
 from .publishers import SPLIT_NAMES
@@ -198,13 +199,21 @@ def list_slides(place:Path)->list[Path]: # sorted
     return found
 
 # %% ../../nbs/sources/slides.ipynb #cb91179
+def side_by_side(work, *of:list, desc:str)->list: # what `work` returned, in order
+    "A call for each of some things, as many at a time as there are cores; processes end with this one."
+    n, bar = min(len(of[0]), cores()), partial(tqdm, desc=desc, total=len(of[0]), leave=False)
+    if n <= 1: return list(bar(map(work, *of)))
+    kind = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    with ProcessPoolExecutor(n, multiprocessing.get_context(kind), end_with_parent) as pool:
+        try: return list(bar(pool.map(work, *of)))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True); raise
+
+# %% ../../nbs/sources/slides.ipynb #c9e28a6
 def cut_all(slides:list[Path], out:Path, params:SlidesParams, size:int, seed:int)->list: # of each: folder, plan, why not
     "Every slide, as many at a time as there are cores."
     folders = [out/key_of(p, params, size, seed) for p in slides]
-    work = partial(cut_slide, params=params, size=size, seed=seed)
-    if min(len(slides), cores()) == 1: results = map(work, slides, folders)
-    else: results = (pool := ProcessPoolExecutor(min(len(slides), cores()))).map(work, slides, folders)
-    done = list(tqdm(results, desc="slides", total=len(slides), leave=False))
+    done = side_by_side(partial(cut_slide, params=params, size=size, seed=seed), slides, folders, desc="slides")
     return [(f, plan, why) for f, (plan, why) in zip(folders, done)]
 
 # %% ../../nbs/sources/slides.ipynb #k023
@@ -255,9 +264,9 @@ def open_slides(
     return Source(data.name, records, classes, False, notes)
 
 # %% ../../nbs/sources/slides.ipynb #c7537ea
-def forget_cut():
-    "Remove what was kept for going on, once the prepared store is complete."
-    remove(cut_folder())
+def forget_cut(data:DataParams):
+    "Remove what was kept of these slides for going on, once the prepared store is complete."
+    for p in list_slides(project_root()/data.path): remove(cut_folder()/key_of(p, data.slides, data.image_size, data.seed))
 
 # %% ../../nbs/sources/slides.ipynb #k026
 def draw_tiles(
