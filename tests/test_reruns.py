@@ -122,11 +122,14 @@ def test_a_file_replaced_where_it_lies_reruns_what_reads_it(work):
 
 def test_another_archive_reruns_what_is_made_of_it(work):
     "Other lesions: their preparation, their encoders, their evaluations; nothing on tissue."
+    before = params(work)["data"]["lesions"]["limit"]
     edit_params(work, data__lesions__limit=140)
     assert repro(work, "--dry")[:2] == ["check", "prepare@lesions"]
     sh(work, "dvc", "repro", "plan")
     again = will_run(work)
     assert kinds(again) == {"lesions_pretrain", "lesions_evaluate"}
+    edit_params(work, data__lesions__limit=before)
+    sh(work, "dvc", "repro", "plan") # the store of before, for the tests that follow
 
 
 def test_a_new_task_trains_no_encoder(work):
