@@ -9,7 +9,8 @@ from bs4 import BeautifulSoup
 
 from sdmae.pipeline.code import computes, read_notebook, source, write_notebook
 from sdmae.pipeline.pages import beside, contents, framed, html
-from sdmae.pipeline.schedule import Board, conclusion
+from sdmae.pipeline import __main__ as stages
+from sdmae.pipeline.schedule import LATER, Board, conclusion
 from sdmae.report import figures as fg
 from sdmae.report.captions import CAPTIONS, Captioned, caption_of
 from sdmae.report.names import Names, curve_name
@@ -119,6 +120,20 @@ def test_a_run_ends_with_what_came_out(tmp_path):
     lines = conclusion("x", tmp_path).splitlines()
     assert lines[0] == "== x ==" and lines[-1] == "All of it: reports/x/index.html" and max(map(len, lines)) <= 100
     assert "MAE is level." in lines and "Warning: one seed." in lines and "Next: `dvc exp run -S 'seeds=[0,1,2]'`." in lines
+
+
+def test_a_report_made_alone_says_what_came_out(tmp_path, monkeypatch, capsys):
+    "As `dvc repro` and `dvc exp run` make it; `make repro` says all of it at its end."
+    (tmp_path/"reports"/"tissue").mkdir(parents=True)
+    (tmp_path/"reports"/"tissue"/"verdict.md").write_text("**MAE is level.**\n")
+    for o in ("need", "run"): monkeypatch.setattr(stages, o, lambda *args: None)
+    monkeypatch.setattr(stages, "project_root", lambda: tmp_path)
+    monkeypatch.setattr("sdmae.pipeline.pages.html", lambda *args, **kwargs: None)
+    monkeypatch.setattr("sdmae.pipeline.sweep.sweep", lambda: None)
+    stages.report("tissue")
+    assert capsys.readouterr().out.splitlines()[1:] == ["== tissue ==", "MAE is level.", "", "All of it: reports/tissue/index.html"]
+    monkeypatch.setenv(LATER, "1"); stages.report("tissue")
+    assert capsys.readouterr().out == ""
 
 
 def test_docstrings_and_comments_compute_nothing():

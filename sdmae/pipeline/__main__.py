@@ -98,6 +98,7 @@ def leave_nothing(out:str, **facts):
 def report(study:str):
     "Tables, figures and page of one comparison."
     from sdmae.pipeline.pages import beside, html
+    from sdmae.pipeline.schedule import LATER, conclusion
     from sdmae.pipeline.sweep import sweep
     P, out = load_params(), f"reports/{study}"
     need(*{store_of(P.tasks[t].data) for t in P.compare[study].tasks}, f"runs/{study}", f"evals/{study}")
@@ -107,6 +108,7 @@ def report(study:str):
     links = beside(here, list(dict.fromkeys(P.tasks[t].data for t in P.compare[study].tasks)), titles)
     html(here/"notebook.ipynb", here/"index.html", title=P.compare[study].title, links=links)
     sweep()
+    if LATER not in os.environ: print(f"\n{conclusion(study, project_root())}", flush=True)
 
 # %% ../../nbs/pipeline/main.ipynb #n011
 STAGES = dict(prepare=(prepare, ("data",)), pretrain=(pretrain, ("study", "encoder", "seed")),
