@@ -1,6 +1,11 @@
 """What the pipeline repeats after an edit, and what it does not: a tiny configuration, in a clone of the project."""
 import json, re, shutil, subprocess
+from pathlib import Path
 
+import pytest
+
+from sdmae.methods.registry import METHODS
+from sdmae.pipeline import ingredients
 from sdmae.pipeline.code import read_notebook, source, write_notebook
 from sdmae.views.stain import digest
 from tiny import ENV, TINY, contents, edit_params, kinds, params, repro, saved, sh, will_run
@@ -155,3 +160,37 @@ def test_a_report_of_results_that_other_parameters_made(work):
     page = (work/"reports"/"tissue"/"index.html").read_text()
     assert page.count("was made of something else than parameters, data and code say now") >= 2
     assert "pretrain.epochs: 1 → 2" in page and "recipe.subsets: 2 → 3" in page and re.search(r"1 epochs of \d+ images", page) and "2 epochs of" not in page
+
+
+# What an edit of a metric costs, by the hashes alone
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    "The library and the stages' notebooks, to edit: hashes are of this copy."
+    root = Path(__file__).parents[1]
+    for o in ("sdmae", "nbs/pipeline"): shutil.copytree(root/o, tmp_path/o, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(root/"settings.ini", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    ingredients.notebook_code.cache_clear()
+
+
+def hashes(root, *names):
+    "Whose hashes an edit of some modules of `evaluate` changes."
+    def now():
+        ingredients.notebook_code.cache_clear()
+        return {**{m: ingredients.code_of_encoder(m) for m in METHODS}, "checkpoint": ingredients.code_of_finetuning("finetune"),
+                **{f"stage {p}": ingredients.code_of_protocol(p) for p in ingredients.NOTEBOOKS}}
+    before = now()
+    for name in names:
+        with (root/"sdmae"/"evaluate"/f"{name}.py").open("a") as f: f.write("\nEDITED = True\n")
+    after = now()
+    return {k for k in before if before[k] != after[k]}
+
+
+def test_an_edit_retrains_what_it_concerns(copied):
+    "A metric retrains no encoder, and a finished checkpoint of a fine-tuning stays what it was. What a training looks at is another thing."
+    stages = {f"stage {p}" for p in ingredients.NOTEBOOKS}
+    assert hashes(copied, "finetune") == {"checkpoint", "stage finetune", "stage linear_sgd"}
+    assert hashes(copied, "statistics", "results", "calibration", "linear", "knn", "card", "fewshot") == stages
+    assert {*METHODS, "checkpoint"} <= hashes(copied, "watched")

@@ -28,14 +28,12 @@ from ..models.encoders import save_encoder
 from ..models.vit import compile_blocks
 from ..models.start import start_from
 from ..methods.registry import method_class, method_of, method_params
-from ..train.batches import Batches
+from ..train.batches import Batches, balance
 from ..train.engine import Trainer, pick_device, pick_precision
 from ..train.checkpoint import checkpoint_of
 from ..train.monitor import LiveLog, Watch, Reconstructions, rankme, warnings_of, save_pictures
 from ..evaluate.features import extract
-from ..evaluate.finetune import balance
-from ..evaluate.knn import knn_probabilities
-from ..evaluate.statistics import scores
+from ..evaluate.watched import balanced_accuracy, knn_probabilities
 from .budget import agreed, costs, count_flops, planned_before, step_seconds, steps_of
 from .ingredients import as_planned, code_of_encoder, labels_hash, made_of_encoder, precision_name, stain_hashes, start_hash
 
@@ -80,7 +78,7 @@ def knn_watch(
 )->float:
     "Balanced accuracy of kNN on validation."
     p = knn_probabilities(x, store.targets(bank).cpu().numpy(), v, min(20, len(bank)), len(store.classes))
-    return scores(store.targets(valid).cpu().numpy(), p)["balanced_accuracy"]
+    return balanced_accuracy(store.targets(valid).cpu().numpy(), p)
 
 # %% ../../nbs/pipeline/pretrain.ipynb #c007
 def feature_watch(
