@@ -1,6 +1,7 @@
 """Data sets in their publishers' layouts, tables of one's own, and unions: tiny copies of each, and what may be wrong with them."""
 import json, zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
@@ -318,3 +319,54 @@ def test_real_glas_shares_patients_between_its_official_splits(tmp_path):
 def test_each_set_is_chosen_by_its_name(name):
     data = parse_params(compose([f"data={name}"])).data["tissue"]
     assert data.adapter == name and data.path == f"data/{name}" and name in ADAPTERS
+
+
+# %% several sets as one
+def two_sets(folder):
+    tiles(folder/"both"/"idc", IDC); mhist(folder/"both"/"mhist")
+    return dict(idc=dict(name="IDC", adapter="idc", path="both/idc"), mhist=dict(name="MHIST", adapter="mhist", path="both/mhist"))
+
+
+def test_a_union_keeps_splits_and_groups_of_its_parts_and_leaves_labels_out(tmp_path):
+    parts = two_sets(tmp_path)
+    union = params("both", "union", union=parts)
+    source = open_source(union, tmp_path)
+    alone = {k: open_source(params(**v), tmp_path) for k, v in parts.items()}
+    assert len(source.records) == sum(len(a.records) for a in alone.values()) and source.classes == [] and source.tasks == {}
+    assert {r.label for r in source.records} == {""} and {r.centre for r in source.records} == {"IDC", "MHIST"}
+    for name, a in alone.items():
+        own = [r for r in source.records if r.path.startswith(f"{name}/")]
+        assert [(r.path, r.split) for r in own] == [(f"{name}/{r.path}", r.split) for r in a.records]
+        assert [r.group for r in own] == [f"{name}/{r.group}"*bool(r.group) for r in a.records]
+        assert all((one.read() == other.read()).all() for one, other in zip(own[:3], a.records))
+    assert source.publisher and any(n.startswith("warning: MHIST: ") for n in source.notes)
+    store = prepare(source, tmp_path/"store", union)
+    assert len(store) == len(source.records) and not store.tasks and set(store.table.centre) == {"IDC", "MHIST"}
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(union=None), "a section union belongs to adapter: union"),
+    (dict(union={"idc": dict(adapter="idc", path="both/idc")}), "at least two sets are needed"),
+    (dict(drop_classes=["IDC"]), "drop_classes is said of a part, union.idc.drop_classes"),
+    (dict(idc=dict(image_size=16)), "union.idc.image_size is said of the whole union"),
+    (dict(idc=dict(path="elsewhere/idc")), "union.idc.path: elsewhere/idc is not in both"),
+    (dict(idc=dict(adapter="union", union={})), "union.idc.adapter: union cannot be a part|at least two sets"),
+    (dict(idc=dict(columns={"path": "file"})), "columns is for adapter: csv")])
+def test_a_union_that_cannot_be(change, message):
+    parts = {k: dict(adapter=k, path=f"both/{k}") for k in ("idc", "mhist")}
+    parts["idc"] |= change.pop("idc", {})
+    with pytest.raises(ValueError, match=message): params("both", "union", **{"union": parts} | change)
+
+
+def test_a_part_that_is_missing_is_named(tmp_path):
+    parts = two_sets(tmp_path)
+    with pytest.raises(FileNotFoundError, match="data union.idc: .*lost does not exist"):
+        open_source(params("both", "union", union=parts | dict(idc=dict(adapter="idc", path="both/lost"))), tmp_path)
+    (tmp_path/"both/mhist/images/MHIST_003.png").unlink()
+    with pytest.raises(FileNotFoundError, match="data union.mhist: .*MHIST_003.png"): open_source(params("both", "union", union=parts), tmp_path)
+
+
+def test_grey_and_colour_are_not_mixed(tmp_path, monkeypatch):
+    parts, read = two_sets(tmp_path), ADAPTERS["idc"]
+    monkeypatch.setitem(ADAPTERS, "idc", lambda path, data: replace(read(path, data), channels=1))
+    with pytest.raises(ValueError, match="data union: IDC is grey"): open_source(params("both", "union", union=parts), tmp_path)

@@ -7,9 +7,9 @@ __all__ = ['SPLIT_NAMES', 'NCT_CLASSES', 'PCAM_CLASSES', 'UNLABELLED', 'NCT_TRAI
            'PCAM_FILE', 'PCAM_TILES', 'PCAM_LABELS', 'COLUMNS', 'GROUP_LIKE', 'GROUP_WORDS', 'SPLIT_WORDS', 'ADAPTERS',
            'parse_layout', 'group_layout', 'nct_name', 'nct', 'read_h5', 'check_written', 'pcam_others', 'no_valid',
            'pcam', 'beside', 'bare_folder', 'folder', 'as_named', 'unread', 'unanswered', 'split_of', 'read_rows',
-           'spelled', 'once', 'image_folder', 'found_files', 'csv', 'slides', 'draw_plain', 'deal', 'uneven',
-           'draw_even', 'assign_splits', 'without_group', 'check_groups', 'limit_splits', 'few_groups', 'check_splits',
-           'drop', 'lopsided', 'drawn_splits', 'regrouped', 'picked', 'open_source']
+           'spelled', 'once', 'image_folder', 'found_files', 'csv', 'part_of', 'union', 'slides', 'draw_plain', 'deal',
+           'uneven', 'draw_even', 'assign_splits', 'without_group', 'check_groups', 'limit_splits', 'few_groups',
+           'check_splits', 'drop', 'lopsided', 'drawn_splits', 'regrouped', 'picked', 'open_source']
 
 # %% ../../nbs/sources/publishers.ipynb #c002
 import os, re, unicodedata
@@ -466,10 +466,39 @@ def csv(
     what = f"in {len(classes)} classes" if classes else "without labels"
     return Source(data.name, records, classes, False, [f"read {len(records)} tiles {what} from {path}", *notes])
 
+# %% ../../nbs/sources/publishers.ipynb #c3badd8
+def part_of(
+    name:str, data:DataParams,
+    path:Path # of the union
+)->Source:
+    "A part of a union, its groups told apart and without labels; errors as `open_source`, with the part's name in front."
+    try: part = open_source(data, path)
+    except (FileNotFoundError, ValueError) as e:
+        raise (FileNotFoundError if isinstance(e, FileNotFoundError) else ValueError)(f"data union.{name}: {e}") from e
+    bare = dict(label="", labels={}, centre=data.name)
+    records = [replace(r, path=f"{name}/{r.path}", group=f"{name}/{r.group}" if r.group else "", **bare) for r in part.records]
+    told = [f"warning: {data.name}: {n[9:]}" if n.startswith("warning: ") else f"{data.name}: {n}" for n in part.notes]
+    return replace(part, name=data.name, records=records, classes=[], notes=told, tasks={})
+
+def union(
+    path:Path, data:DataParams
+)->Source: # all splits given, no labels
+    "Several sets as one; errors as `part_of`, and `ValueError` where grey and colour are mixed."
+    placed = {name: str(path/Path(p.path).relative_to(data.path)) for name, p in data.union.items()}
+    parts = [part_of(name, p.model_copy(update=dict(path=placed[name])), path) for name, p in data.union.items()]
+    if len({p.channels for p in parts}) > 1:
+        grey = [p.name for p in parts if p.channels == 1]
+        raise ValueError(f"data union: {', '.join(grey)} is grey, and other parts are in colour. Leave one kind out.")
+    notes = [f"a union of {len(parts)} sets, without their labels: {', '.join(f'{p.name}, {len(p.records)} tiles' for p in parts)}"]
+    return Source(data.name, [r for p in parts for r in p.records], [], any(p.synthetic for p in parts),
+                  notes + [n for p in parts for n in p.notes], any(p.publisher for p in parts), channels=parts[0].channels)
+
+
 # %% ../../nbs/sources/publishers.ipynb #c029
 def slides(path, data): from sdmae.sources.slides import open_slides; return open_slides(path, data)
 
-ADAPTERS = {"nct":nct, "pcam":pcam, "folder":folder, "csv":csv, "cbis":cbis, "slides":slides, **PUBLISHERS}
+ADAPTERS = {"nct":nct, "pcam":pcam, "folder":folder, "csv":csv, "cbis":cbis, "slides":slides, "union":union,
+            **PUBLISHERS}
 
 # %% ../../nbs/sources/publishers.ipynb #c031
 def draw_plain(

@@ -266,7 +266,8 @@ def open_slides(
 # %% ../../nbs/sources/slides.ipynb #c7537ea
 def forget_cut(data:DataParams):
     "Remove what was kept of these slides for going on, once the prepared store is complete."
-    for p in list_slides(project_root()/data.path): remove(cut_folder()/key_of(p, data.slides, data.image_size, data.seed))
+    for d in (data, *(data.union or {}).values()):
+        for p in list_slides(project_root()/d.path) if d.slides else []: remove(cut_folder()/key_of(p, d.slides, d.image_size, d.seed))
 
 # %% ../../nbs/sources/slides.ipynb #k026
 def draw_tiles(
