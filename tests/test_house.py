@@ -127,13 +127,13 @@ def test_every_pipeline_notebook_is_a_stage():
     assert {*STAGES.values()} == {p.stem for p in PIPELINE}
 
 
-@pytest.mark.parametrize("command", [["prepare", "tissue"], ["pretrain", "tissue", "mae", "0"], *(["evaluate", "tissue", p, "tissue", "mae", "0"] for p in ("probe", "finetune", "linear_sgd", "segment")), ["report", "tissue"]])
+@pytest.mark.parametrize("command", [["prepare", "tissue"], ["pretrain", "tissue", "mae", "0"], *(["evaluate", "tissue", p, "tissue", "mae", "0"] for p in ("probe", "finetune", "linear_sgd", "segment", "nuclei")), ["report", "tissue"]])
 def test_a_stage_gives_every_parameter(command, monkeypatch):
     "So that no default of a notebook decides what the pipeline computes."
     ran = []
     monkeypatch.setattr(command_line, "run", lambda notebook, out, given: ran.append((Path(notebook).stem, given)))
     monkeypatch.setattr(command_line, "need", lambda *a: None)
-    monkeypatch.setattr(command_line, "applies", lambda *a: True); monkeypatch.setattr(command_line, "config_of", lambda *a: {}); monkeypatch.setattr("sdmae.pipeline.pages.html", lambda *a, **k: None)
+    monkeypatch.setattr(command_line, "applies", lambda *a: True); monkeypatch.setattr(command_line, "config_of", lambda *a: {}); monkeypatch.setattr("sdmae.pipeline.pages.html", lambda *a, **k: None); monkeypatch.setattr("sdmae.pipeline.schedule.conclusion", lambda *a: "")
     assert main(command) == 0
     [(stage, given)] = ran
     assert set(given) == set(defaults(read_notebook(ROOT/"nbs"/"pipeline"/f"{STAGES[stage]}.ipynb")))
