@@ -516,6 +516,16 @@ def test_several_pages():
         b = io.BytesIO(); first.save(b, "TIFF", save_all=True, append_images=others, tiffinfo={254: pages[0][1]})
         assert decode(b.getvalue(), "x").shape[0] == size
 
+@pytest.mark.parametrize("extra", [0, None])
+def test_two_channels_without_a_meaning(extra):
+    "Pillow shows the first and says nothing; here the file is refused by name. Grey with transparency is read."
+    import tifffile
+    a, b = np.random.default_rng(0).integers(0, 255, (20, 24, 2), np.uint8), io.BytesIO()
+    tifffile.imwrite(b, a, photometric="minisblack", planarconfig="contig", **({} if extra is None else dict(extrasamples=(extra,))))
+    with pytest.raises(ValueError, match="x.tif: 2 channels, neither grey nor RGB"): decode(b.getvalue(), "x.tif")
+    c = io.BytesIO(); tifffile.imwrite(c, a, photometric="minisblack", planarconfig="contig", extrasamples=(2,))
+    assert decode(c.getvalue(), "y.tif").shape == (20, 24, 3)
+
 def bombs():
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     png = lambda w, h: b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0"*1000)) + chunk(b"IEND", b"")

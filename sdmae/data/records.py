@@ -117,6 +117,8 @@ def shallow(
     "`Unfit` for pixels deeper than 8 bits: what is black and what white is for their owner to say."
     signed = im.format == "TIFF" and not {1, 4}.issuperset(np.atleast_1d(im.tag_v2.get(339, 1)).tolist()) # or floating point
     deep = ";16" in str(im.tile) and im.format not in ("BMP", "DIB") # a channel, which Pillow would halve in silence; a BMP's are 5-6-5
+    if im.format == "TIFF" and len(im.getbands()) == 1 and (n := im.tag_v2.get(277, 1)) > 1: # Pillow would show the first alone
+        raise Unfit(f"{path}: {n} channels, neither grey nor RGB. Save the one that is meant, or RGB.")
     if signed or im.mode[0] in "IF" or deep:
         raise Unfit(f"{path}: more than 8 bits a channel, or signed ({im.mode}). Say which values are black and white, and save it with 8 "
                     "bits.")
