@@ -370,7 +370,7 @@ def test_the_best_epoch_counts_and_survives_an_interruption(task, tmp_path, monk
     monkeypatch.setattr(finetune, "Trainer", partial(Trainer, checkpoint_minutes=0))
     def scripted(*values):
         values = iter(values)
-        monkeypatch.setattr(finetune, "scores", lambda *a: dict(macro_auc=next(values)))
+        monkeypatch.setattr(finetune, "macro_auc", lambda *a: next(values))
     class Keep(Callback):
         weights = []
         def after_epoch(self, trainer): self.weights.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
